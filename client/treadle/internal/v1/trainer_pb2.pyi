@@ -1,0 +1,73 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetTrainerStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetTrainerStatusResponse(_message.Message):
+    __slots__ = ("resident_runs", "queued_operations", "num_passes", "num_tokens", "busy", "num_shared_passes")
+    RESIDENT_RUNS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PASSES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARED_PASSES_FIELD_NUMBER: _ClassVar[int]
+    resident_runs: _containers.RepeatedScalarFieldContainer[str]
+    queued_operations: int
+    num_passes: int
+    num_tokens: int
+    busy: _duration_pb2.Duration
+    num_shared_passes: int
+    def __init__(self, resident_runs: _Optional[_Iterable[str]] = ..., queued_operations: _Optional[int] = ..., num_passes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., busy: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., num_shared_passes: _Optional[int] = ...) -> None: ...
+
+class ListPassesRequest(_message.Message):
+    __slots__ = ("limit",)
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    limit: int
+    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+
+class PassShare(_message.Message):
+    __slots__ = ("run", "num_tokens", "seqs")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEQS_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    num_tokens: int
+    seqs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, run: _Optional[str] = ..., num_tokens: _Optional[int] = ..., seqs: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Pass(_message.Message):
+    __slots__ = ("started", "took", "shares")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    TOOK_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    started: _timestamp_pb2.Timestamp
+    took: _duration_pb2.Duration
+    shares: _containers.RepeatedCompositeFieldContainer[PassShare]
+    def __init__(self, started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., took: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., shares: _Optional[_Iterable[_Union[PassShare, _Mapping]]] = ...) -> None: ...
+
+class ListPassesResponse(_message.Message):
+    __slots__ = ("passes",)
+    PASSES_FIELD_NUMBER: _ClassVar[int]
+    passes: _containers.RepeatedCompositeFieldContainer[Pass]
+    def __init__(self, passes: _Optional[_Iterable[_Union[Pass, _Mapping]]] = ...) -> None: ...
+
+class EvictRunRequest(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    def __init__(self, run: _Optional[str] = ...) -> None: ...
+
+class EvictRunResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -1,0 +1,115 @@
+"""Server interceptors: exceptions become rich statuses; calls between services prove that they are such.
+
+Handlers are wrapped, not replaced, so that raw-bytes handlers work like typed ones. The one broad `except` of the
+project is here: whatever a handler raises becomes an answer, is logged, and touches no other call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import grpc
+from grpc_status import rpc_status
+
+from treadle.errors import TreadleError, make_error, to_status
+from treadle_service.logs import get_logger
+from treadle_service.principal import INTERNAL_SCOPE, Principal, set_principal
+
+if TYPE_CHECKING:
+    # Request and response types of a wrapped handler are its own business.
+    Handler = grpc.RpcMethodHandler[Any, Any]
+    Context = grpc.aio.ServicerContext[Any, Any]
+    Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
+    Before = Callable[[grpc.HandlerCallDetails], Awaitable[None]]
+
+EXEMPT_SERVICES: Final = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+log = get_logger(__name__)
+
+
+class WrappingInterceptor(grpc.aio.ServerInterceptor):
+    """Runs `before` in the task of each call, then the handler, and turns exceptions into statuses."""
+
+    async def before(self, details: grpc.HandlerCallDetails) -> None:
+        """Does nothing; a subclass may raise to refuse the call."""
+
+    async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler | None:
+        """Wraps the handler that the rest of the chain chose."""
+        handler = await continuation(details)
+        if handler is None or details.method.startswith(EXEMPT_SERVICES):
+            return handler
+        return _wrap(handler, details, self.before)
+
+
+class ErrorInterceptor(WrappingInterceptor):
+    """Turns exceptions into statuses and does nothing else."""
+
+
+class InternalAuthInterceptor(WrappingInterceptor):
+    """Lets in only callers that know the deployment's internal token, and takes the principal from them."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    async def before(self, details: grpc.HandlerCallDetails) -> None:
+        """Sets the principal, or raises UNAUTHENTICATED."""
+        metadata = {key: value for key, value in details.invocation_metadata if isinstance(value, str)}
+        if not hmac.compare_digest(metadata.get("authorization", "").encode(), self._expected):
+            raise make_error("UNAUTHENTICATED", "this service is reached through the gateway only")
+        tenant = metadata.get("x-treadle-tenant", "")
+        scopes = metadata.get("x-treadle-scopes", "") if tenant else INTERNAL_SCOPE
+        set_principal(Principal(tenant, frozenset(filter(None, scopes.split(",")))))
+
+
+def _wrap(handler: Handler, details: grpc.HandlerCallDetails, before: Before) -> Handler:
+    behaviour, make = _behaviour(handler)
+    streams_out = handler.response_streaming
+
+    async def unary(request: Any, context: Context) -> Any:
+        async with _answering(context, details.method):
+            await before(details)
+            return await behaviour(request, context)
+
+    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        async with _answering(context, details.method):
+            await before(details)
+            async for response in behaviour(request, context):
+                yield response
+
+    return make(
+        stream if streams_out else unary,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
+def _behaviour(handler: Handler) -> tuple[Any, Callable[..., Handler]]:
+    """Returns the one of four behaviours that a handler has, and what makes a handler of that kind."""
+    if handler.request_streaming and handler.response_streaming:
+        return handler.stream_stream, cast(Any, grpc.stream_stream_rpc_method_handler)
+    if handler.request_streaming:
+        return handler.stream_unary, cast(Any, grpc.stream_unary_rpc_method_handler)
+    if handler.response_streaming:
+        return handler.unary_stream, cast(Any, grpc.unary_stream_rpc_method_handler)
+    return handler.unary_unary, cast(Any, grpc.unary_unary_rpc_method_handler)
+
+
+@asynccontextmanager
+async def _answering(context: Context, method: str) -> AsyncIterator[None]:
+    try:
+        yield
+    except (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.UsageError):
+        raise
+    except TreadleError as error:
+        await _abort(context, error)
+    except Exception as error:
+        log.exception("call_failed", method=method, exc_info=error)
+        await _abort(context, make_error("INTERNAL", "the service failed at this call; its log has the reason"))
+
+
+async def _abort(context: Context, error: TreadleError) -> None:
+    status = rpc_status.to_status(to_status(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)

@@ -1,0 +1,30 @@
+"""Fixtures that every test may use."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.cluster import Cluster
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four running services on the tiny base, shared by the whole session; tests make tenants of their own."""
+    running = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.close()
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Four services of this test's own, not started, so that it may break them."""
+    running = Cluster(tmp_path / "cluster")
+    running.folder.mkdir()
+    try:
+        yield running
+    finally:
+        running.close()

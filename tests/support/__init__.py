@@ -1,0 +1,1 @@
+"""What tests share: real processes on loopback ports, and trouble on demand."""
