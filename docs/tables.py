@@ -1,0 +1,68 @@
+"""Writes the tables of the documents that follow from the code: error reasons and settings.
+
+`python docs/tables.py` writes, `render(path)` is what a test compares with. Knows nothing else of the documents.
+"""
+
+import importlib
+from pathlib import Path
+
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from treadle.errors import CATALOGUE
+from treadle_service.settings import ServiceSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+ROLES = {"gateway": "GatewaySettings", "trainer": "TrainerSettings", "sampler": "SamplerSettings", "store": "StoreSettings"}
+
+
+def error_table() -> str:
+    """Returns the catalogue of reasons as a table."""
+    rows = ["| reason | gRPC status | try again unchanged | exception |", "|---|---|---|---|"]
+    for reason, spec in CATALOGUE.items():
+        rows.append(f"| {reason} | {spec.code.name} | {'yes' if spec.retryable else ''} | {spec.exception.__name__} |")
+    return "\n".join(rows)
+
+
+def settings_table() -> str:
+    """Returns every setting of every service as a table, those of all services first."""
+    rows = ["| variable | flag | default | meaning |", "|---|---|---|---|"]
+    shared = ServiceSettings.model_fields
+    for name, field in shared.items():
+        rows.append(_row("TREADLE_<ROLE>_", name, field))
+    for role, class_name in ROLES.items():
+        settings = getattr(importlib.import_module(f"treadle_{role}.settings"), class_name)
+        for name, field in settings.model_fields.items():
+            if name not in shared:
+                rows.append(_row(f"TREADLE_{role.upper()}_", name, field))
+    return "\n".join(rows)
+
+
+def _row(prefix: str, name: str, field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True) if not field.is_required() else PydanticUndefined
+    if isinstance(default, SecretStr) or default in (None, "", PydanticUndefined):
+        shown = "required" if default is PydanticUndefined else ""
+    else:
+        shown = f"`{default}`".replace(str(Path.home()), "~")
+    return f"| `{prefix}{name.upper()}` | `--{name.replace('_', '-')}` | {shown} | {field.description} |"
+
+
+TABLES = {"errors": error_table, "settings": settings_table}
+DOCUMENTS = (ROOT / "protos/README.md", ROOT / "docs/settings.md")
+
+
+def render(document: Path) -> str:
+    """Returns the document with each table between its `<!-- name:begin -->` and `<!-- name:end -->` made anew."""
+    text = document.read_text()
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin in text:
+            head, rest = text.split(begin, 1)
+            text = f"{head}{begin}\n{table()}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+if __name__ == "__main__":
+    for path in DOCUMENTS:
+        path.write_text(render(path))
