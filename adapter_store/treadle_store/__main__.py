@@ -1,0 +1,128 @@
+"""The adapter store as a process: opens what is durable, serves it, sweeps what nobody needs."""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+from sqlalchemy import Connection
+
+from treadle.internal.v1 import blobs_pb2_grpc, identity_pb2_grpc, journal_pb2_grpc, workers_pb2_grpc
+from treadle.v1 import adapters_pb2_grpc, admin_pb2_grpc
+from treadle_service.interceptors import InternalAuthInterceptor
+from treadle_service.logs import get_logger
+from treadle_service.principal import SCOPES
+from treadle_service.server import ServiceHost, run_service
+from treadle_store import identity
+from treadle_store.blobs import LocalBlobs, sync_folder
+from treadle_store.clock import Clock, system_clock
+from treadle_store.database import Database
+from treadle_store.service_adapters import AdapterService
+from treadle_store.service_admin import AdminService
+from treadle_store.service_blobs import BlobService
+from treadle_store.service_journal import JournalService
+from treadle_store.service_workers import IdentityService, WorkerService
+from treadle_store.settings import StoreSettings
+from treadle_store.sweep import Sweeper
+from treadle_store.workers import WorkerRegistry
+
+ADMIN_TENANT = "admin"
+SERVICES = (
+    "treadle.internal.v1.JournalService",
+    "treadle.internal.v1.BlobService",
+    "treadle.internal.v1.IdentityService",
+    "treadle.internal.v1.WorkerService",
+    "treadle.v1.AdapterService",
+    "treadle.v1.AdminService",
+)
+log = get_logger(__name__)
+
+
+def make_interceptors(settings: StoreSettings) -> Sequence[grpc.aio.ServerInterceptor]:
+    """Returns what guards the store: only services of the deployment get in."""
+    return [InternalAuthInterceptor(settings.internal_token.get_secret_value())]
+
+
+@asynccontextmanager
+async def build(host: ServiceHost, settings: StoreSettings, clock: Clock = system_clock) -> AsyncIterator[None]:
+    """Serves the store on `host` until the context ends. Raises SystemExit when another store uses the folder."""
+    with _sole_user(settings.data_dir), contextlib.ExitStack() as stack:
+        database = await asyncio.to_thread(Database, settings.database)
+        stack.callback(database.close)
+        blobs = await asyncio.to_thread(LocalBlobs, settings.data_dir / "blobs")
+        await _issue_first_key(database, settings.admin_key, clock)
+        workers = WorkerRegistry(clock, time.monotonic)
+        server = host.server
+        journal_pb2_grpc.add_JournalServiceServicer_to_server(JournalService(database, blobs, clock), server)
+        blobs_pb2_grpc.add_BlobServiceServicer_to_server(BlobService(blobs), server)
+        identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityService(database, clock), server)
+        workers_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(workers), server)
+        adapter_service = AdapterService(database, blobs, clock, settings.max_adapter_bytes)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapter_service, server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(database, workers, clock), server)
+        for service in SERVICES:
+            host.add_service(service)
+        sweeper = Sweeper(database, blobs, clock, settings.sweep_grace_seconds)
+        sweeping = asyncio.create_task(sweeper.run(settings.sweep_period_seconds, settings.deleted_grace_seconds))
+        await host.start()
+        await host.set_ready(True)
+        try:
+            yield
+        finally:
+            sweeping.cancel()
+            await asyncio.wait([sweeping])
+
+
+def main() -> None:
+    """Runs the store until SIGTERM or SIGINT."""
+    run_service("store", StoreSettings, build, make_interceptors)
+
+
+@contextlib.contextmanager
+def _sole_user(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock; the system frees it when the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "store.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another store uses {folder}; stop it or set another data_dir") from None
+        yield
+
+
+async def _issue_first_key(database: Database, path: Path, clock: Clock) -> None:
+    """Creates the tenant `admin` with a key for everything, if no key was ever issued, and writes its secret down."""
+    if await database.read(identity.has_keys):
+        return
+    now_us = clock()
+    key = identity.make_key(ADMIN_TENANT, SCOPES, None, now_us)
+    # The file comes first: a crash in between leaves a useless file, which the next start replaces, not a lost key.
+    await asyncio.to_thread(_write_secret, path, key.secret)
+
+    def add(connection: Connection) -> None:
+        identity.create_tenant(connection, ADMIN_TENANT, now_us)
+        identity.add_key(connection, key, now_us)
+
+    await database.write(add)
+    log.info("first_key_issued", tenant=ADMIN_TENANT, key_id=key.key_id, file=str(path))
+
+
+def _write_secret(path: Path, secret: str) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Saved adapters in the catalog: recording, looking up, listing, deleting.
+
+Bodies for Database.read and Database.write. Knows nothing of the files' bytes (see blobs, adapter_files).
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, insert, or_, select, update
+
+from treadle.errors import make_error
+from treadle.names import AdapterKind, AdapterName, RunName
+from treadle.v1 import adapters_pb2, types_pb2
+from treadle_store.clock import to_timestamp
+from treadle_store.pages import PageRequest, decode_token, encode_token
+from treadle_store.tables import adapter_files, adapters, runs, snapshots
+
+_KEY: Final = ("tenant", "run", "kind", "adapter")
+AdapterRow = Row[*tuple[object, ...]]
+
+
+def adapter_not_found(name: AdapterName) -> Exception:
+    """Returns the error for an adapter that does not exist or is somebody else's: one answer for both."""
+    return make_error("ADAPTER_NOT_FOUND", f"there is no saved adapter {name}; the lists of revisions show yours")
+
+
+def record_adapter(
+    connection: Connection, name: AdapterName, adapter: adapters_pb2.Adapter, seq: int, now_us: int
+) -> adapters_pb2.Adapter:
+    """Adds a saved adapter and returns it as recorded; the caller has checked the lease and the blobs.
+
+    Harmless when repeated: the same content, or the same operation's save, returns what is there.
+    Raises ADAPTER_EXISTS when the name is taken by other content.
+    """
+    row = connection.execute(select(*adapters.c).where(_is(name))).one_or_none()
+    if row is not None and row.deleted_us is None:
+        there = _to_adapter(row, _fetch_files(connection, name))
+        if (seq and row.seq == seq) or _content(there) == _content(adapter):
+            return there
+        raise make_error(
+            "ADAPTER_EXISTS", f"{name} is taken by other content; saved adapters never change, use a new id"
+        )
+    if row is not None:
+        if connection.execute(select(_is_needed(name))).scalar_one():
+            raise make_error("ADAPTER_EXISTS", f"{name} was deleted, but a run still starts from it; use a new id")
+        connection.execute(delete(adapters).where(_is(name)))
+    values = dict(zip(_KEY, (name.tenant, name.run, name.kind, name.adapter), strict=True))
+    connection.execute(
+        insert(adapters).values(
+            **values,
+            base=adapter.base,
+            lora=adapter.lora.SerializeToString(),
+            step=adapter.step,
+            seq=seq,
+            created_us=now_us,
+        )
+    )
+    files = [{**values, "path": f.path, "size": f.size, "sha256": f.sha256} for f in adapter.files]
+    connection.execute(insert(adapter_files), files)
+    return fetch_adapter(connection, name)
+
+
+def fetch_adapter(connection: Connection, name: AdapterName, *, for_worker: bool = False) -> adapters_pb2.Adapter:
+    """Returns a saved adapter, or raises ADAPTER_NOT_FOUND.
+
+    A worker also gets a deleted one as long as a run that started from it may have to be rebuilt from it.
+    """
+    row = connection.execute(select(*adapters.c).where(_is(name))).one_or_none()
+    hidden = row is not None and row.deleted_us is not None
+    if hidden and for_worker:
+        hidden = not connection.execute(select(_is_needed(name))).scalar_one()
+    if row is None or hidden:
+        raise adapter_not_found(name)
+    return _to_adapter(row, _fetch_files(connection, name))
+
+
+def scan_adapters(
+    connection: Connection, tenant: str, kind: AdapterKind, run: RunName | None, page: PageRequest
+) -> tuple[list[adapters_pb2.Adapter], str]:
+    """Returns a page of the tenant's adapters, of one run or all, newest first, and the token of the next page."""
+    query = select(*adapters.c).where(
+        adapters.c.tenant == tenant, adapters.c.kind == kind, adapters.c.deleted_us.is_(None)
+    )
+    if run is not None:
+        query = query.where(adapters.c.tenant == run.tenant, adapters.c.run == run.run)
+    if page.token:
+        created_us, (after_run, after_adapter) = decode_token(page.token, 2)
+        same_time = and_(
+            adapters.c.created_us == created_us,
+            or_(
+                adapters.c.run < after_run,
+                and_(adapters.c.run == after_run, adapters.c.adapter < after_adapter),
+            ),
+        )
+        query = query.where(or_(adapters.c.created_us < created_us, same_time))
+    order = (adapters.c.created_us.desc(), adapters.c.run.desc(), adapters.c.adapter.desc())
+    rows = connection.execute(query.order_by(*order).limit(page.limit + 1)).all()
+    shown = rows[: page.limit]
+    last = shown[-1] if len(rows) > page.limit else None
+    token = encode_token(last.created_us, [last.run, last.adapter]) if last is not None else ""
+    return [_to_adapter(row, _fetch_files(connection, _name_of(row))) for row in shown], token
+
+
+def delete_adapter(connection: Connection, name: AdapterName, now_us: int) -> None:
+    """Hides a saved adapter; its rows and blobs go when nobody needs them. Raises ADAPTER_NOT_FOUND."""
+    live = and_(_is(name), adapters.c.deleted_us.is_(None))
+    if connection.execute(update(adapters).where(live).values(deleted_us=now_us)).rowcount == 0:
+        raise adapter_not_found(name)
+
+
+def purge_adapters(connection: Connection, before_us: int) -> int:
+    """Removes the rows of adapters that were deleted before then and that no run needs; returns how many."""
+    rows = connection.execute(select(*adapters.c).where(adapters.c.deleted_us < before_us)).all()
+    names = [_name_of(row) for row in rows]
+    free = [name for name in names if not connection.execute(select(_is_needed(name))).scalar_one()]
+    for name in free:
+        connection.execute(delete(adapters).where(_is(name)))
+    return len(free)
+
+
+def _is(name: AdapterName) -> ColumnElement[bool]:
+    return and_(
+        adapters.c.tenant == name.tenant,
+        adapters.c.run == name.run,
+        adapters.c.kind == name.kind,
+        adapters.c.adapter == name.adapter,
+    )
+
+
+def _is_needed(name: AdapterName) -> ColumnElement[bool]:
+    """Tells whether a run that started from the adapter has no snapshot yet: its state begins at the adapter."""
+    has_snapshot = exists().where(snapshots.c.tenant == runs.c.tenant, snapshots.c.run == runs.c.run)
+    return exists().where(runs.c.tenant == name.tenant, runs.c.from_adapter == str(name), ~has_snapshot)
+
+
+def _fetch_files(connection: Connection, name: AdapterName) -> list[adapters_pb2.AdapterFile]:
+    query = (
+        select(adapter_files.c.path, adapter_files.c.size, adapter_files.c.sha256)
+        .where(
+            adapter_files.c.tenant == name.tenant,
+            adapter_files.c.run == name.run,
+            adapter_files.c.kind == name.kind,
+            adapter_files.c.adapter == name.adapter,
+        )
+        .order_by(adapter_files.c.path)
+    )
+    rows = connection.execute(query)
+    return [adapters_pb2.AdapterFile(path=row.path, size=row.size, sha256=row.sha256) for row in rows]
+
+
+def _name_of(row: AdapterRow) -> AdapterName:
+    return AdapterName(row.tenant, row.run, "revisions" if row.kind == "revisions" else "checkpoints", row.adapter)
+
+
+def _to_adapter(row: AdapterRow, files: Iterable[adapters_pb2.AdapterFile]) -> adapters_pb2.Adapter:
+    return adapters_pb2.Adapter(
+        name=str(_name_of(row)),
+        base=row.base,
+        lora=types_pb2.LoraConfig.FromString(row.lora),
+        step=row.step,
+        created=to_timestamp(row.created_us),
+        files=files,
+    )
+
+
+def _content(adapter: adapters_pb2.Adapter) -> tuple[object, ...]:
+    """Returns what must agree for two saves to be the same: base and files; the shape follows from the files."""
+    return adapter.base, sorted((f.path, f.size, f.sha256) for f in adapter.files)

@@ -1,0 +1,57 @@
+"""Blobs to and from streams of chunks: blocking file work goes to threads, each chunk's crc32c is checked.
+
+Knows neither which RPC the chunks came by nor what they mean.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Final
+
+import google_crc32c
+
+from treadle.errors import make_error
+from treadle_store.blobs import BlobStore, BlobWriter, blob_not_found
+
+CHUNK_BYTES: Final = 2**20
+
+
+def check_chunk(data: bytes, crc32c: int) -> None:
+    """Raises FRAME_TOO_LARGE or CHECKSUM_MISMATCH unless the chunk is one."""
+    if len(data) > CHUNK_BYTES:
+        raise make_error("FRAME_TOO_LARGE", f"a chunk has {len(data)} bytes, at most {CHUNK_BYTES} are taken")
+    if google_crc32c.value(data) != crc32c:
+        raise make_error("CHECKSUM_MISMATCH", "a chunk was damaged on its way (crc32c); send it again")
+
+
+async def write_chunk(writer: BlobWriter, data: bytes, crc32c: int) -> None:
+    """Checks a chunk and adds it to a blob."""
+    await asyncio.to_thread(_write_checked, writer, data, crc32c)
+
+
+async def read_chunks(blobs: BlobStore, sha256: str, offset: int) -> AsyncIterator[tuple[bytes, int]]:
+    """Yields the rest of a blob from `offset` as chunks with their crc32c."""
+    while True:
+        data, crc32c = await asyncio.to_thread(_read_summed, blobs, sha256, offset)
+        if not data:
+            return
+        yield data, crc32c
+        offset += len(data)
+
+
+async def require_blob(blobs: BlobStore, sha256: str, size: int | None = None) -> None:
+    """Raises BLOB_NOT_FOUND unless the blob is there, with this length if one is given."""
+    found = await asyncio.to_thread(blobs.size_of, sha256)
+    if found is None:
+        raise blob_not_found(sha256)
+    if size is not None and found != size:
+        raise make_error("BLOB_NOT_FOUND", f"blob {sha256} has {found} bytes, not {size}; store it again")
+
+
+def _write_checked(writer: BlobWriter, data: bytes, crc32c: int) -> None:
+    check_chunk(data, crc32c)
+    writer.write(data)
+
+
+def _read_summed(blobs: BlobStore, sha256: str, offset: int) -> tuple[bytes, int]:
+    data = blobs.read(sha256, offset, CHUNK_BYTES)
+    return data, google_crc32c.value(data)

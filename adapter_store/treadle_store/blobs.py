@@ -1,0 +1,276 @@
+"""Content-addressed immutable bytes: the BlobStore port, a local folder and a memory.
+
+An address is the lower-case hexadecimal sha256 of the content. All methods block and are meant for worker threads.
+LocalBlobs: a blob is written to a temporary file, synced, renamed to its address and the folder is synced, so that
+an address that exists names whole content. Knows nothing of what the bytes are.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Protocol
+
+from treadle.errors import make_error
+
+_ADDRESS: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def check_address(sha256: str) -> str:
+    """Returns a blob's address, or raises BAD_VALUE."""
+    if _ADDRESS.fullmatch(sha256) is None:
+        raise make_error("BAD_VALUE", f"{sha256[:80]!r} is not a sha256 in lower-case hexadecimal")
+    return sha256
+
+
+def blob_not_found(sha256: str) -> Exception:
+    """Returns the error for an address that holds nothing."""
+    return make_error("BLOB_NOT_FOUND", f"there is no blob {sha256}; store it first")
+
+
+class BlobWriter(Protocol):
+    """One blob on its way in; use it as a context manager: leaving without `finish` drops what was written."""
+
+    def __enter__(self) -> "BlobWriter":
+        """Returns itself."""
+
+    def __exit__(self, *_: object) -> None:
+        """Drops what was not finished."""
+
+    def write(self, data: bytes) -> None:
+        """Adds bytes. Raises FRAME_SIZE_MISMATCH when there are more than announced."""
+
+    def finish(self) -> bool:
+        """Makes the blob durable and visible; True if it was there. Raises FRAME_SIZE_MISMATCH, CHECKSUM_MISMATCH."""
+
+
+class BlobStore(Protocol):
+    """Keeps blobs by their sha256."""
+
+    def open_writer(self, sha256: str, size: int) -> BlobWriter:
+        """Starts a blob of `size` bytes. Raises BAD_VALUE."""
+
+    def size_of(self, sha256: str) -> int | None:
+        """Returns the length of a blob in bytes, None if it is not there; keeps it from being swept for a while."""
+
+    def read(self, sha256: str, offset: int, length: int) -> bytes:
+        """Returns at most `length` bytes from `offset`; empty at the end. Raises BLOB_NOT_FOUND."""
+
+    def addresses(self) -> Iterator[str]:
+        """Yields the addresses of all blobs."""
+
+    def sweep(self, sha256: str, unused_seconds: float) -> bool:
+        """Removes a blob unless it was written or asked for within `unused_seconds`; True if it was removed."""
+
+
+class _CheckedWriter:
+    """What all writers share: length and hash of what came in."""
+
+    def __init__(self, sha256: str, size: int) -> None:
+        self._sha256 = check_address(sha256)
+        self._size = size
+        self._written = 0
+        self._hash = hashlib.sha256()
+
+    def __exit__(self, *_: object) -> None:
+        self._drop()
+
+    def write(self, data: bytes) -> None:
+        self._written += len(data)
+        if self._written > self._size:
+            raise make_error("FRAME_SIZE_MISMATCH", f"more bytes came than the {self._size} that the header announced")
+        self._hash.update(data)
+        self._store(data)
+
+    def finish(self) -> bool:
+        if self._written != self._size:
+            raise make_error(
+                "FRAME_SIZE_MISMATCH", f"{self._written} bytes came, the header announced {self._size}; send it again"
+            )
+        if self._hash.hexdigest() != self._sha256:
+            raise make_error("CHECKSUM_MISMATCH", f"the content is not that of {self._sha256}; send it again")
+        return self._publish()
+
+    def _store(self, data: bytes) -> None:
+        raise NotImplementedError
+
+    def _publish(self) -> bool:
+        raise NotImplementedError
+
+    def _drop(self) -> None:
+        raise NotImplementedError
+
+
+class MemoryBlobs:
+    """Blobs in this process's memory, gone with it."""
+
+    def __init__(self) -> None:
+        self.contents: dict[str, bytes] = {}
+        self.used_at: dict[str, float] = {}
+
+    def open_writer(self, sha256: str, size: int) -> BlobWriter:
+        """Starts a blob in memory."""
+        return _MemoryWriter(self, sha256, size)
+
+    def size_of(self, sha256: str) -> int | None:
+        """Returns the blob's length."""
+        content = self.contents.get(check_address(sha256))
+        if content is None:
+            return None
+        self.used_at[sha256] = time.time()
+        return len(content)
+
+    def read(self, sha256: str, offset: int, length: int) -> bytes:
+        """Returns a slice of the blob."""
+        content = self.contents.get(check_address(sha256))
+        if content is None:
+            raise blob_not_found(sha256)
+        return content[offset : offset + length]
+
+    def addresses(self) -> Iterator[str]:
+        """Yields what is there now."""
+        yield from list(self.contents)
+
+    def sweep(self, sha256: str, unused_seconds: float) -> bool:
+        """Forgets the blob."""
+        if sha256 not in self.contents or time.time() - self.used_at[sha256] < unused_seconds:
+            return False
+        del self.contents[sha256]
+        return True
+
+
+class _MemoryWriter(_CheckedWriter):
+    def __init__(self, blobs: MemoryBlobs, sha256: str, size: int) -> None:
+        super().__init__(sha256, size)
+        self._blobs = blobs
+        self._buffer = bytearray()
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def _store(self, data: bytes) -> None:
+        self._buffer += data
+
+    def _publish(self) -> bool:
+        existed = self._sha256 in self._blobs.contents
+        self._blobs.contents[self._sha256] = bytes(self._buffer)
+        self._blobs.used_at[self._sha256] = time.time()
+        return existed
+
+    def _drop(self) -> None:
+        self._buffer.clear()
+
+
+class LocalBlobs:
+    """Blobs as files `ab/cdef...` under a folder that this process alone writes to."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._incoming = folder / "incoming"
+        # Held from a file's appearance until its name is durable, and while its age decides over it: whoever is told
+        # that a blob is there can rely on it.
+        self.lock = threading.Lock()
+        self._incoming.mkdir(parents=True, exist_ok=True)
+        for leftover in self._incoming.iterdir():
+            leftover.unlink()
+        for first in range(256):
+            (folder / f"{first:02x}").mkdir(exist_ok=True)
+        sync_folder(folder)
+        sync_folder(folder.parent)
+
+    def open_writer(self, sha256: str, size: int) -> BlobWriter:
+        """Starts a blob in a temporary file."""
+        return _LocalWriter(self, sha256, size, self._incoming / secrets.token_hex(16))
+
+    def size_of(self, sha256: str) -> int | None:
+        """Returns the file's length and renews its time."""
+        path = self.path_of(sha256)
+        with self.lock, contextlib.suppress(FileNotFoundError):
+            os.utime(path)
+            return path.stat().st_size
+        return None
+
+    def read(self, sha256: str, offset: int, length: int) -> bytes:
+        """Returns a part of the file."""
+        try:
+            with self.path_of(sha256).open("rb") as file:
+                file.seek(offset)
+                return file.read(length)
+        except FileNotFoundError:
+            raise blob_not_found(sha256) from None
+
+    def addresses(self) -> Iterator[str]:
+        """Walks the folder."""
+        for first in range(256):
+            prefix = f"{first:02x}"
+            for entry in (self._folder / prefix).iterdir():
+                yield prefix + entry.name
+
+    def sweep(self, sha256: str, unused_seconds: float) -> bool:
+        """Unlinks the file."""
+        path = self.path_of(sha256)
+        with self.lock, contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= unused_seconds:
+                path.unlink()
+                return True
+        return False
+
+    def path_of(self, sha256: str) -> Path:
+        """Returns where a blob lies."""
+        check_address(sha256)
+        return self._folder / sha256[:2] / sha256[2:]
+
+
+class _LocalWriter(_CheckedWriter):
+    def __init__(self, blobs: LocalBlobs, sha256: str, size: int, temporary: Path) -> None:
+        super().__init__(sha256, size)
+        self._blobs = blobs
+        self._temporary = temporary
+        self._file = temporary.open("xb", buffering=0)
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def _store(self, data: bytes) -> None:
+        rest = memoryview(data)
+        with _disk_trouble():
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    def _publish(self) -> bool:
+        path = self._blobs.path_of(self._sha256)
+        with _disk_trouble():
+            os.fsync(self._file.fileno())
+            with self._blobs.lock:
+                existed = path.exists() and path.stat().st_size == self._size
+                # Harmless where the same content is there, and repairs a file that was damaged from outside.
+                self._temporary.replace(path)
+                sync_folder(path.parent)
+        return existed
+
+    def _drop(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _disk_trouble() -> Iterator[None]:
+    """Turns a full or failing disk into an UNAVAILABLE: nothing was promised, the caller may try again."""
+    try:
+        yield
+    except OSError as error:
+        raise make_error("UNAVAILABLE", f"the store cannot write blobs now: {error.strerror}", 5.0) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,296 @@
+"""The exactly-once protocol: leases with a fencing epoch, operations, results, snapshots, recovery.
+
+Bodies for Database.read and Database.write; each runs in one transaction, so that the epoch that is checked is the
+epoch under which is written. Invariants:
+
+- ops are appended without gaps; the same seq with the same digest is the same op;
+- a result is written once and never changed; `last_done_seq` is the end of the gapless results;
+- rows up to min(snapshot.seq, acked_seq) are dropped; payloads up to snapshot.seq are dropped.
+
+Knows nothing of what an operation does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, insert, select, update
+
+from treadle.errors import make_error
+from treadle.internal.v1 import journal_pb2
+from treadle.names import RunName
+from treadle_store.catalog import RunRow, fetch_run, to_run
+from treadle_store.clock import to_duration
+from treadle_store.tables import leases, ops, results, runs, snapshots
+
+# The statements of every write, built once: putting one together costs more than running it.
+_MOVE_RUN: Final = update(runs).where(runs.c.tenant == bindparam("of_tenant"), runs.c.run == bindparam("of_run"))
+_INSERT_OPS: Final = insert(ops)
+_INSERT_RESULTS: Final = insert(results)
+_RESULTS_AHEAD: Final = select(results.c.seq).where(
+    results.c.tenant == bindparam("of_tenant"),
+    results.c.run == bindparam("of_run"),
+    results.c.seq > bindparam("done_seq"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who wants a run, and for how long."""
+
+    run: RunName
+    holder: str
+    address: str
+    ttl_us: int
+
+
+def claim_run(connection: Connection, claim: Claim, now_us: int) -> journal_pb2.ClaimRunResponse:
+    """Gives the lease to the claimant with the next epoch. Raises RUN_NOT_FOUND or LEASE_HELD."""
+    row = fetch_run(connection, claim.run, lock=True)
+    if row.epoch is not None and row.expires_us > now_us and row.holder not in ("", claim.holder):
+        wait_us = row.expires_us - now_us
+        raise make_error(
+            "LEASE_HELD", f"{claim.run} is held by {row.holder} for {wait_us / 1e6:.1f} s more", wait_us / 1e6
+        )
+    epoch = (row.epoch or 0) + 1
+    values = {"holder": claim.holder, "address": claim.address, "epoch": epoch, "expires_us": now_us + claim.ttl_us}
+    if row.epoch is None:
+        connection.execute(insert(leases).values(tenant=claim.run.tenant, run=claim.run.run, **values))
+    else:
+        connection.execute(update(leases).where(_lease_of(claim.run)).values(**values))
+    row = fetch_run(connection, claim.run)
+    return journal_pb2.ClaimRunResponse(
+        run=to_run(row, now_us), lease=to_lease(row, now_us), from_adapter=row.from_adapter
+    )
+
+
+def to_lease(row: RunRow, now_us: int) -> journal_pb2.Lease:
+    """Returns the lease in a row of fetch_run; an empty one when the run was never claimed."""
+    if row.epoch is None:
+        return journal_pb2.Lease()
+    return journal_pb2.Lease(
+        holder=row.holder, address=row.address, epoch=row.epoch, remaining=to_duration(row.expires_us - now_us)
+    )
+
+
+def renew_leases(connection: Connection, holder: str, ttl_us: int, now_us: int) -> dict[str, int]:
+    """Extends all leases of a holder, expired ones that nobody took included; returns run name -> epoch."""
+    own = leases.c.holder == holder
+    connection.execute(update(leases).where(own).values(expires_us=now_us + ttl_us))
+    rows = connection.execute(select(leases.c.tenant, leases.c.run, leases.c.epoch).where(own))
+    return {str(RunName(row.tenant, row.run)): row.epoch for row in rows}
+
+
+def release_run(connection: Connection, name: RunName, epoch: int) -> None:
+    """Frees the lease if it still has this epoch. The epoch stays: the next claim continues from it."""
+    row = connection.execute(select(leases.c.epoch).where(_lease_of(name)).with_for_update()).one_or_none()
+    if row is not None and row.epoch == epoch:
+        connection.execute(update(leases).where(_lease_of(name)).values(holder="", address="", expires_us=0))
+
+
+def check_epoch(connection: Connection, name: RunName, epoch: int) -> RunRow:
+    """Returns the run's row, locked, if the lease has this epoch; else raises STALE_LEASE or RUN_NOT_FOUND."""
+    row = fetch_run(connection, name, lock=True)
+    if row.epoch != epoch or not row.holder:
+        raise make_error(
+            "STALE_LEASE",
+            f"{name} is at epoch {row.epoch or 0}, this worker writes with {epoch}; drop the run and claim it again",
+        )
+    return row
+
+
+def write_entry(connection: Connection, entry: journal_pb2.JournalEntry, name: RunName) -> None:
+    """Appends operations and records results of one run, all of them or none.
+
+    Raises STALE_LEASE, SEQ_GAP, SEQ_REUSED or RUN_NOT_FOUND.
+    """
+    row = check_epoch(connection, name, entry.epoch)
+    last_seq = _append(connection, name, row.last_seq, entry.appends)
+    last_done_seq = row.last_done_seq
+    if entry.commits:
+        last_done_seq = _record_results(connection, name, last_seq, last_done_seq, entry.commits)
+    # An ack beyond the results is a client's mistake; it must not drop what is still to come.
+    acked_seq = max(row.acked_seq, min(entry.acked_seq, last_done_seq))
+    if (last_seq, last_done_seq, acked_seq) != (row.last_seq, row.last_done_seq, row.acked_seq):
+        position = {"last_seq": last_seq, "last_done_seq": last_done_seq, "acked_seq": acked_seq}
+        connection.execute(_MOVE_RUN, {**position, "of_tenant": name.tenant, "of_run": name.run})
+    if acked_seq > row.acked_seq:
+        _truncate(connection, name, acked_seq)
+
+
+def read_result(connection: Connection, name: RunName, seq: int) -> bytes:
+    """Returns a serialized OperationResult, empty while there is none. Raises OPERATION_NOT_FOUND or RESULT_GONE."""
+    row = fetch_run(connection, name)
+    if not 1 <= seq <= row.last_seq:
+        raise make_error("OPERATION_NOT_FOUND", f"{name} has no operation {seq}; its last is {row.last_seq}")
+    here = (ops.c.tenant == name.tenant, ops.c.run == name.run, ops.c.seq == seq)
+    joined = ops.outerjoin(results, _same_op())
+    found = connection.execute(select(results.c.result).select_from(joined).where(*here)).one_or_none()
+    if found is None:
+        raise make_error("RESULT_GONE", f"the result of operation {seq} of {name} was acknowledged and dropped")
+    return found.result or b""
+
+
+def write_snapshot(connection: Connection, name: RunName, epoch: int, snapshot: journal_pb2.Snapshot) -> None:
+    """Records a snapshot whose blob is stored and drops what it covers; an older one than the newest changes nothing.
+
+    Raises STALE_LEASE, RUN_NOT_FOUND, or SEQ_GAP when it covers operations without a result.
+    """
+    row = check_epoch(connection, name, epoch)
+    if snapshot.seq > row.last_done_seq:
+        raise make_error(
+            "SEQ_GAP",
+            f"the snapshot covers {snapshot.seq}, but results of {name} end at {row.last_done_seq}; record them first",
+        )
+    here = and_(snapshots.c.tenant == name.tenant, snapshots.c.run == name.run)
+    newest = connection.execute(select(snapshots.c.seq).where(here)).scalar_one_or_none()
+    if newest is not None and newest > snapshot.seq:
+        return
+    connection.execute(delete(snapshots).where(here))
+    connection.execute(
+        insert(snapshots).values(
+            tenant=name.tenant,
+            run=name.run,
+            seq=snapshot.seq,
+            step=snapshot.step,
+            sha256=snapshot.sha256,
+            size=snapshot.size,
+            state_digest=snapshot.state_digest,
+        )
+    )
+    covered = (ops.c.tenant == name.tenant, ops.c.run == name.run, ops.c.seq <= snapshot.seq)
+    connection.execute(update(ops).where(*covered).values(payload=None, payload_sha256=None))
+    _truncate(connection, name, row.acked_seq)
+
+
+def recovery_header(connection: Connection, name: RunName, epoch: int) -> journal_pb2.RecoveryHeader:
+    """Returns where a recovery starts. Raises STALE_LEASE or RUN_NOT_FOUND."""
+    row = check_epoch(connection, name, epoch)
+    header = journal_pb2.RecoveryHeader(acked_seq=row.acked_seq, last_seq=row.last_seq)
+    here = (snapshots.c.tenant == name.tenant, snapshots.c.run == name.run)
+    found = connection.execute(select(*snapshots.c).where(*here)).one_or_none()
+    if found is not None:
+        header.snapshot.CopyFrom(
+            journal_pb2.Snapshot(
+                seq=found.seq,
+                step=found.step,
+                sha256=found.sha256,
+                size=found.size,
+                state_digest=found.state_digest,
+            )
+        )
+    return header
+
+
+def recovery_page(
+    connection: Connection, name: RunName, epoch: int, after_seq: int, limit: int
+) -> list[journal_pb2.JournaledOperation]:
+    """Returns the next operations that a recovery needs, in order; an empty page is the end. Raises STALE_LEASE."""
+    check_epoch(connection, name, epoch)
+    query = (
+        select(*ops.c, results.c.result, results.c.state_digest)
+        .select_from(ops.outerjoin(results, _same_op()))
+        .where(ops.c.tenant == name.tenant, ops.c.run == name.run, ops.c.seq > after_seq)
+        .order_by(ops.c.seq)
+        .limit(limit)
+    )
+    return [
+        journal_pb2.JournaledOperation(
+            seq=row.seq,
+            digest=row.digest % 2**64,
+            payload=row.payload or b"",
+            payload_sha256=row.payload_sha256 or "",
+            result=row.result or b"",
+            state_digest=row.state_digest or b"",
+        )
+        for row in connection.execute(query)
+    ]
+
+
+def _append(connection: Connection, name: RunName, last_seq: int, appends: Sequence[journal_pb2.JournalAppend]) -> int:
+    """Adds operations behind `last_seq` and returns the new last seq; repeats of the same operations are skipped."""
+    repeated = [append for append in appends if append.seq <= last_seq]
+    _check_repeats(connection, name, repeated)
+    fresh = []
+    for append in appends:
+        if append.seq <= last_seq:
+            continue
+        if append.seq != last_seq + 1:
+            raise make_error("SEQ_GAP", f"{name} expects seq {last_seq + 1}, got {append.seq}; send the missing ones")
+        last_seq = append.seq
+        fresh.append(
+            {
+                "tenant": name.tenant,
+                "run": name.run,
+                "seq": append.seq,
+                "digest": _signed(append.digest),
+                "payload": None if append.payload_sha256 else append.payload,
+                "payload_sha256": append.payload_sha256 or None,
+            }
+        )
+    if fresh:
+        connection.execute(_INSERT_OPS, fresh)
+    return last_seq
+
+
+def _check_repeats(connection: Connection, name: RunName, repeated: Sequence[journal_pb2.JournalAppend]) -> None:
+    for append in repeated:
+        here = (ops.c.tenant == name.tenant, ops.c.run == name.run, ops.c.seq == append.seq)
+        digest = connection.execute(select(ops.c.digest).where(*here)).scalar_one_or_none()
+        if digest is None:
+            raise make_error("SEQ_REUSED", f"operation {append.seq} of {name} is done, delivered and dropped")
+        if digest != _signed(append.digest):
+            raise make_error("SEQ_REUSED", f"seq {append.seq} of {name} was used for another operation")
+
+
+def _record_results(
+    connection: Connection,
+    name: RunName,
+    last_seq: int,
+    last_done_seq: int,
+    commits: Sequence[journal_pb2.JournalCommit],
+) -> int:
+    """Adds results that are not there yet and returns the new end of the gapless ones."""
+    here = {"of_tenant": name.tenant, "of_run": name.run, "done_seq": last_done_seq}
+    # Results ahead of a gap exist only where an operation was cancelled or refused before earlier ones finished.
+    ahead = set(connection.execute(_RESULTS_AHEAD, here).scalars())
+    fresh = {}
+    for commit in commits:
+        if not 1 <= commit.seq <= last_seq:
+            raise make_error("SEQ_GAP", f"{name} has no operation {commit.seq} to record a result of; append it first")
+        if commit.seq <= last_done_seq or commit.seq in ahead or commit.seq in fresh:
+            continue
+        fresh[commit.seq] = {
+            "tenant": name.tenant,
+            "run": name.run,
+            "seq": commit.seq,
+            "result": commit.result,
+            "state_digest": commit.state_digest,
+        }
+    if fresh:
+        connection.execute(_INSERT_RESULTS, list(fresh.values()))
+    done = ahead | fresh.keys()
+    while last_done_seq + 1 in done:
+        last_done_seq += 1
+    return last_done_seq
+
+
+def _truncate(connection: Connection, name: RunName, acked_seq: int) -> None:
+    """Drops operations that the newest snapshot covers and whose results were delivered."""
+    here = and_(snapshots.c.tenant == name.tenant, snapshots.c.run == name.run)
+    covered = connection.execute(select(snapshots.c.seq).where(here)).scalar_one_or_none()
+    end = min(acked_seq, covered or 0)
+    if end > 0:
+        connection.execute(delete(ops).where(ops.c.tenant == name.tenant, ops.c.run == name.run, ops.c.seq <= end))
+
+
+def _same_op() -> ColumnElement[bool]:
+    return and_(results.c.tenant == ops.c.tenant, results.c.run == ops.c.run, results.c.seq == ops.c.seq)
+
+
+def _lease_of(name: RunName) -> ColumnElement[bool]:
+    return and_(leases.c.tenant == name.tenant, leases.c.run == name.run)
+
+
+def _signed(digest: int) -> int:
+    return digest - 2**64 if digest >= 2**63 else digest

@@ -1,0 +1,122 @@
+"""AdapterService: lists, reads, writes and deletes the saved adapters of the calling tenant."""
+# ruff: noqa: N802  Methods are called as in the proto.
+
+from collections.abc import AsyncIterator
+from functools import partial
+
+from sqlalchemy import Connection
+
+from treadle.errors import make_error
+from treadle.names import AdapterKind, AdapterName, parse_run
+from treadle.v1 import adapters_pb2, adapters_pb2_grpc
+from treadle_service.principal import current_principal
+from treadle_store import adapters, catalog
+from treadle_store.access import visible_adapter, visible_run
+from treadle_store.blob_io import read_chunks
+from treadle_store.blobs import BlobStore
+from treadle_store.clock import Clock
+from treadle_store.database import Database
+from treadle_store.pages import PageRequest
+from treadle_store.upload import Upload
+
+
+class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
+    """Lists, reads, writes and deletes saved adapters."""
+
+    def __init__(self, database: Database, blobs: BlobStore, clock: Clock, max_adapter_bytes: int) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._clock = clock
+        self._max_adapter_bytes = max_adapter_bytes
+
+    async def ListRevisions(
+        self, request: adapters_pb2.ListRevisionsRequest, context: object
+    ) -> adapters_pb2.ListRevisionsResponse:
+        """Lists revisions, newest first."""
+        found, token = await self._scan("revisions", request.run, PageRequest(request.page_size, request.page_token))
+        return adapters_pb2.ListRevisionsResponse(revisions=found, next_page_token=token)
+
+    async def GetRevision(
+        self, request: adapters_pb2.GetRevisionRequest, context: object
+    ) -> adapters_pb2.GetRevisionResponse:
+        """Returns one revision."""
+        return adapters_pb2.GetRevisionResponse(revision=await self._fetch(_named(request.name, "revisions")))
+
+    async def DeleteRevision(
+        self, request: adapters_pb2.DeleteRevisionRequest, context: object
+    ) -> adapters_pb2.DeleteRevisionResponse:
+        """Deletes one revision."""
+        await self._delete(_named(request.name, "revisions"))
+        return adapters_pb2.DeleteRevisionResponse()
+
+    async def ListCheckpoints(
+        self, request: adapters_pb2.ListCheckpointsRequest, context: object
+    ) -> adapters_pb2.ListCheckpointsResponse:
+        """Lists checkpoints, newest first."""
+        found, token = await self._scan("checkpoints", request.run, PageRequest(request.page_size, request.page_token))
+        return adapters_pb2.ListCheckpointsResponse(checkpoints=found, next_page_token=token)
+
+    async def GetCheckpoint(
+        self, request: adapters_pb2.GetCheckpointRequest, context: object
+    ) -> adapters_pb2.GetCheckpointResponse:
+        """Returns one checkpoint."""
+        return adapters_pb2.GetCheckpointResponse(checkpoint=await self._fetch(_named(request.name, "checkpoints")))
+
+    async def DeleteCheckpoint(
+        self, request: adapters_pb2.DeleteCheckpointRequest, context: object
+    ) -> adapters_pb2.DeleteCheckpointResponse:
+        """Deletes one checkpoint."""
+        await self._delete(_named(request.name, "checkpoints"))
+        return adapters_pb2.DeleteCheckpointResponse()
+
+    async def PullAdapter(
+        self, request: adapters_pb2.PullAdapterRequest, context: object
+    ) -> AsyncIterator[adapters_pb2.PullAdapterResponse]:
+        """Streams an adapter's files."""
+        adapter = await self._fetch(visible_adapter(request.name))
+        yield adapters_pb2.PullAdapterResponse(adapter=adapter)
+        for file in adapter.files:
+            yield adapters_pb2.PullAdapterResponse(file=file)
+            async for data, crc32c in read_chunks(self._blobs, file.sha256, 0):
+                yield adapters_pb2.PullAdapterResponse(chunk=adapters_pb2.FileChunk(data=data, crc32c=crc32c))
+
+    async def PushAdapter(
+        self, request_iterator: AsyncIterator[adapters_pb2.PushAdapterRequest], context: object
+    ) -> adapters_pb2.PushAdapterResponse:
+        """Stores the files of a PEFT adapter as a revision of a run."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("frame") != "header":
+            raise make_error("BAD_FRAME", "PushAdapter begins with a header that names the run and the revision")
+        run_name = visible_run(first.header.run)
+        name = run_name.adapter("revisions", first.header.revision_id)
+        row = await self._database.read(partial(catalog.fetch_run, name=run_name))
+        run = catalog.to_run(row, self._clock())
+        upload = Upload(self._blobs, self._max_adapter_bytes)
+        await upload.receive(request_iterator)
+        await upload.check(run)
+        adapter = adapters_pb2.Adapter(base=run.base, lora=run.lora, files=upload.files)
+
+        def record(connection: Connection) -> adapters_pb2.Adapter:
+            catalog.fetch_run(connection, run_name)
+            return adapters.record_adapter(connection, name, adapter, 0, self._clock())
+
+        return adapters_pb2.PushAdapterResponse(revision=await self._database.write(record))
+
+    async def _scan(self, kind: AdapterKind, run: str, page: PageRequest) -> tuple[list[adapters_pb2.Adapter], str]:
+        tenant = current_principal().tenant
+        # Another tenant's run and one that never saved anything list the same: nothing. A run may be gone already.
+        body = partial(adapters.scan_adapters, tenant=tenant, kind=kind, run=parse_run(run) if run else None, page=page)
+        return await self._database.read(body)
+
+    async def _fetch(self, name: AdapterName) -> adapters_pb2.Adapter:
+        return await self._database.read(partial(adapters.fetch_adapter, name=name))
+
+    async def _delete(self, name: AdapterName) -> None:
+        await self._database.write(partial(adapters.delete_adapter, name=name, now_us=self._clock()))
+
+
+def _named(name: str, kind: AdapterKind) -> AdapterName:
+    adapter = visible_adapter(name)
+    if adapter.kind != kind:
+        raise make_error("BAD_NAME", f"{adapter} is not one of the run's {kind}")
+    return adapter

@@ -1,0 +1,51 @@
+"""BlobService: translates streams of frames to blobs and back."""
+# ruff: noqa: N802  Methods are called as in the proto.
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from treadle.errors import make_error
+from treadle.internal.v1 import blobs_pb2, blobs_pb2_grpc
+from treadle_store.blob_io import read_chunks, write_chunk
+from treadle_store.blobs import BlobStore, blob_not_found
+
+
+class BlobService(blobs_pb2_grpc.BlobServiceServicer):
+    """Stores and streams blobs."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
+
+    async def PutBlob(
+        self, request_iterator: AsyncIterator[blobs_pb2.PutBlobRequest], context: object
+    ) -> blobs_pb2.PutBlobResponse:
+        """Stores a blob from a header and chunks."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("frame") != "header":
+            raise make_error("BAD_FRAME", "PutBlob begins with a header")
+        header = first.header
+        with await asyncio.to_thread(self._blobs.open_writer, header.sha256, header.size) as writer:
+            async for frame in request_iterator:
+                if frame.WhichOneof("frame") != "chunk":
+                    raise make_error("BAD_FRAME", "after the header PutBlob takes chunks only")
+                await write_chunk(writer, frame.chunk.data, frame.chunk.crc32c)
+            existed = await asyncio.to_thread(writer.finish)
+        return blobs_pb2.PutBlobResponse(existed=existed)
+
+    async def GetBlob(
+        self, request: blobs_pb2.GetBlobRequest, context: object
+    ) -> AsyncIterator[blobs_pb2.GetBlobResponse]:
+        """Streams a blob from an offset."""
+        size = await asyncio.to_thread(self._blobs.size_of, request.sha256)
+        if size is None:
+            raise blob_not_found(request.sha256)
+        if request.offset > size:
+            raise make_error("BAD_VALUE", f"offset {request.offset} lies behind the blob's {size} bytes")
+        yield blobs_pb2.GetBlobResponse(header=blobs_pb2.BlobHeader(sha256=request.sha256, size=size))
+        async for data, crc32c in read_chunks(self._blobs, request.sha256, request.offset):
+            yield blobs_pb2.GetBlobResponse(chunk=blobs_pb2.BlobChunk(data=data, crc32c=crc32c))
+
+    async def StatBlob(self, request: blobs_pb2.StatBlobRequest, context: object) -> blobs_pb2.StatBlobResponse:
+        """Says whether a blob is there."""
+        size = await asyncio.to_thread(self._blobs.size_of, request.sha256)
+        return blobs_pb2.StatBlobResponse(complete=size is not None, size=size or 0)

@@ -1,0 +1,161 @@
+"""The tables, in words that SQLite and PostgreSQL share.
+
+The tenant is part of every primary key of tenant data. Times are microseconds since 1970. An xxh3 digest is an
+unsigned 64-bit number and is stored as the signed number with the same bits. Saved adapters outlive their run, so
+they carry no foreign key to it.
+"""
+
+from typing import Final
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata: Final = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+tenants: Final = Table(
+    "tenants",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("created_us", BigInteger, nullable=False),
+)
+
+keys: Final = Table(
+    "keys",
+    metadata,
+    Column("tenant", String(32), ForeignKey("tenants.tenant"), primary_key=True),
+    Column("key_id", String(16), primary_key=True),
+    Column("secret_sha256", String(64), nullable=False),
+    Column("scopes", String(64), nullable=False),  # sorted, comma separated
+    Column("created_us", BigInteger, nullable=False),
+    Column("expires_us", BigInteger),
+    Column("revoked", Boolean, nullable=False),
+    # RevokeKey names a key by its id alone.
+    UniqueConstraint("key_id"),
+)
+
+runs: Final = Table(
+    "runs",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("run", String(64), primary_key=True),
+    Column("base", Text, nullable=False),
+    Column("lora", LargeBinary, nullable=False),  # serialized treadle.v1.LoraConfig, defaults filled in
+    Column("metadata", Text, nullable=False),  # JSON object of strings
+    Column("request_id", String(128)),
+    Column("request_sha256", String(64), nullable=False),
+    Column("from_adapter", Text, nullable=False),
+    Column("state", BigInteger, nullable=False),  # treadle.v1.RunState
+    Column("last_seq", BigInteger, nullable=False),  # last appended
+    Column("last_done_seq", BigInteger, nullable=False),  # every result up to here is recorded
+    Column("acked_seq", BigInteger, nullable=False),  # every result up to here was delivered
+    Column("created_us", BigInteger, nullable=False),
+    # Makes deduplication safe under concurrent retries. SQL takes NULLs as distinct, so a run that was made without
+    # a request id never clashes.
+    UniqueConstraint("tenant", "request_id"),
+    Index(None, "tenant", "created_us", "run"),
+)
+
+_RUN = ["runs.tenant", "runs.run"]
+
+leases: Final = Table(
+    "leases",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("run", String(64), primary_key=True),
+    Column("holder", String(128), nullable=False),  # empty once given back
+    Column("address", Text, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("expires_us", BigInteger, nullable=False),
+    ForeignKeyConstraint(["tenant", "run"], _RUN, ondelete="CASCADE"),
+    Index(None, "holder"),
+)
+
+ops: Final = Table(
+    "ops",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("run", String(64), primary_key=True),
+    Column("seq", BigInteger, primary_key=True),
+    Column("digest", BigInteger, nullable=False),
+    Column("payload", LargeBinary),  # both payload columns are NULL once a snapshot covers the op
+    Column("payload_sha256", String(64)),
+    ForeignKeyConstraint(["tenant", "run"], _RUN, ondelete="CASCADE"),
+)
+
+# Apart from `ops`, because writing a result into the op's row would write its payload a second time.
+results: Final = Table(
+    "results",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("run", String(64), primary_key=True),
+    Column("seq", BigInteger, primary_key=True),
+    Column("result", LargeBinary, nullable=False),
+    Column("state_digest", LargeBinary, nullable=False),  # empty when the op left the state alone
+    ForeignKeyConstraint(["tenant", "run", "seq"], ["ops.tenant", "ops.run", "ops.seq"], ondelete="CASCADE"),
+)
+
+snapshots: Final = Table(
+    "snapshots",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("run", String(64), primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("step", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("state_digest", LargeBinary, nullable=False),
+    ForeignKeyConstraint(["tenant", "run"], _RUN, ondelete="CASCADE"),
+)
+
+adapters: Final = Table(
+    "adapters",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("run", String(64), primary_key=True),
+    Column("kind", String(16), primary_key=True),  # revisions or checkpoints
+    Column("adapter", String(64), primary_key=True),
+    Column("base", Text, nullable=False),
+    Column("lora", LargeBinary, nullable=False),
+    Column("step", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),  # the op that saved it; 0 for an upload
+    Column("created_us", BigInteger, nullable=False),
+    # A deleted adapter stays readable for runs that started from it and have no snapshot of their own yet.
+    Column("deleted_us", BigInteger),
+    Index(None, "tenant", "kind", "created_us"),
+)
+
+adapter_files: Final = Table(
+    "adapter_files",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("run", String(64), primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("adapter", String(64), primary_key=True),
+    Column("path", String(64), primary_key=True),
+    Column("size", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    ForeignKeyConstraint(
+        ["tenant", "run", "kind", "adapter"],
+        ["adapters.tenant", "adapters.run", "adapters.kind", "adapters.adapter"],
+        ondelete="CASCADE",
+    ),
+)
