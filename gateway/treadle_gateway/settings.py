@@ -1,0 +1,18 @@
+"""Settings of the gateway, prefix TREADLE_GATEWAY_."""
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from treadle_service.settings import ServiceSettings
+
+
+class GatewaySettings(ServiceSettings):
+    """What a gateway needs to know beyond what every service does."""
+
+    model_config = SettingsConfigDict(env_prefix="TREADLE_GATEWAY_")
+
+    listen: str = Field("127.0.0.1:7600", description="host:port to serve gRPC on; port 0 takes a free one")
+    store_address: str = Field("127.0.0.1:7630", description="host:port of the adapter store")
+    refresh_seconds: float = Field(1.0, gt=0, description="time between two looks at the list of live workers")
+    key_cache_seconds: float = Field(2.0, ge=0, description="how long a revoked key may still be taken")
+    route_cache_seconds: float = Field(2.0, ge=0, description="how long a run's place is remembered")

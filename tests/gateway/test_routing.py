@@ -1,0 +1,87 @@
+"""Who gets a run, a revision, a base."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treadle.errors import UnavailableError
+from treadle_gateway.routing import Holder, WorkerTable, WorkerView, pick_sampler, pick_trainer, rank
+
+RUN = "tenants/acme/runs/r-1"
+
+
+def trainers(*names: str, base: str = "pip") -> WorkerTable:
+    return WorkerTable().refreshed(WorkerView(name, "trainer", base, f"{name}:1") for name in names)
+
+
+def samplers(**depths: int) -> WorkerTable:
+    return WorkerTable().refreshed(WorkerView(n, "sampler", "pip", f"{n}:1", depth) for n, depth in depths.items())
+
+
+def test_a_held_run_goes_to_its_holder() -> None:
+    """The lease decides, whatever the hash says."""
+    table = trainers("t0", "t1", "t2")
+    assert {pick_trainer(table, RUN, "pip", Holder(f"t{i}", "old:1")) for i in range(3)} == {"t0:1", "t1:1", "t2:1"}
+
+
+def test_a_holder_that_is_not_listed_is_still_asked() -> None:
+    """Nobody else could claim the run before the lease ends."""
+    assert pick_trainer(trainers("t0"), RUN, "pip", Holder("t9", "t9:1")) == "t9:1"
+
+
+def test_a_free_run_goes_to_the_same_trainer_from_every_gateway() -> None:
+    """The order in which workers are listed does not matter."""
+    one, other = trainers("t0", "t1", "t2"), trainers("t2", "t0", "t1")
+    assert pick_trainer(one, RUN, "pip", None) == pick_trainer(other, RUN, "pip", None)
+
+
+def test_no_trainer_of_the_base_is_a_retryable_error() -> None:
+    """Another base's trainer does not help."""
+    with pytest.raises(UnavailableError, match="no trainer of the base 'llama'") as caught:
+        pick_trainer(trainers("t0"), RUN, "llama", None)
+    assert (caught.value.reason, caught.value.retry_after_seconds) == ("NO_WORKER", 1.0)
+
+
+def test_a_draining_trainer_gets_no_free_run() -> None:
+    """It would hand the run on at once."""
+    table = WorkerTable().refreshed([WorkerView("t0", "trainer", "pip", "t0:1", draining=True)])
+    with pytest.raises(UnavailableError):
+        pick_trainer(table, RUN, "pip", None)
+
+
+def test_a_base_stays_known_when_its_last_trainer_goes() -> None:
+    """So that CreateRun does not call it unknown during a restart."""
+    assert trainers("t0").refreshed([]).bases("trainer") == ["pip"]
+
+
+@given(st.lists(st.text(min_size=1, max_size=6), min_size=2, max_size=8, unique=True), st.data())
+def test_losing_a_worker_moves_only_its_own_keys(names: list[str], data: st.DataObject) -> None:
+    """Rendezvous hashing: the others keep what they have cached."""
+    table = trainers(*names)
+    gone = data.draw(st.sampled_from(names))
+    rest = table.without(frozenset({f"{gone}:1"}))
+    for key in map(str, range(20)):
+        before = rank(key, table.workers)[0]
+        if before.worker != gone:
+            assert rank(key, rest.workers)[0] == before
+
+
+def test_a_revision_stays_with_the_sampler_that_has_it() -> None:
+    """Small differences in load do not move it."""
+    revision = f"{RUN}/revisions/a"
+    home = pick_sampler(samplers(a=0, b=0, c=0), "pip", revision, {})
+    assert pick_sampler(samplers(a=3, b=2, c=1), "pip", revision, {}) == home
+
+
+def test_a_revision_leaves_an_overloaded_sampler() -> None:
+    """A hot adapter may use several samplers."""
+    revision = f"{RUN}/revisions/a"
+    home = pick_sampler(samplers(a=0, b=0), "pip", revision, {})
+    assert pick_sampler(samplers(a=0, b=0), "pip", revision, {home: 50}) != home
+
+
+def test_a_bare_base_goes_to_the_idlest_sampler() -> None:
+    """Calls that this gateway has open count too: the workers' reports are a second old."""
+    table = samplers(a=2, b=1, c=4)
+    assert pick_sampler(table, "pip", "", {}) == "b:1"
+    assert pick_sampler(table, "pip", "", {"b:1": 9}) == "a:1"
