@@ -1,0 +1,24 @@
+"""The command `treadle`. Commands load when they are called: `--help` imports neither grpc nor numpy.
+
+Knows only the names of the commands and one line about each.
+"""
+
+from treadle.cli.lazy import LazyCommand, LazyGroup
+
+COMMANDS = {
+    "up": LazyCommand("treadle.cli.up:up", "Start a whole Treadle on this machine."),
+    "demo": LazyCommand("treadle.cli.demo:demo", "Two tenants train two adapters on one base, on this machine."),
+    "key": LazyCommand("treadle.cli.keys:key", "Create, list and revoke API keys."),
+    "tenant": LazyCommand("treadle.cli.tenants:tenant", "Create and list tenants."),
+    "run": LazyCommand("treadle.cli.runs:run", "List, show and delete runs."),
+    "adapter": LazyCommand("treadle.cli.adapters:adapter", "List, export and import saved adapters."),
+    "sample": LazyCommand("treadle.cli.sample:sample", "Sample from a base or a saved adapter."),
+    "worker": LazyCommand("treadle.cli.workers:worker", "List the live trainers and samplers."),
+}
+
+
+def main() -> None:
+    """Runs the command line of this process."""
+    LazyGroup(COMMANDS, name="treadle", help="Fine-tune and sample many LoRA adapters on one warm base.")(
+        prog_name="treadle"
+    )

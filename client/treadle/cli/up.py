@@ -1,0 +1,50 @@
+"""`treadle up`: a whole Treadle on this machine, in the foreground.
+
+Knows only the options; what they do is imported when it is done, so that `--help` is quick.
+"""
+
+from pathlib import Path
+
+import click
+
+from treadle.cli.settings import DEFAULT_DATA_DIR
+
+
+@click.command()
+@click.option("--base", help="smollm2, pip, a folder or a hub name.  [default: smollm2 if installed, else pip]")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR, show_default=True)
+@click.option("--cache-dir", type=click.Path(path_type=Path), default="~/.cache/treadle", show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address that the gateway listens on.")
+@click.option("--port", type=click.IntRange(0, 65_000), default=7600, show_default=True, help="0 takes a free one.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of each worker.  [default: half of the cores]")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@click.option("--ready-file", type=click.Path(path_type=Path), help="Written when all is ready, like up.json.")
+def up(
+    *,
+    base: str | None,
+    data_dir: Path,
+    cache_dir: Path,
+    host: str,
+    port: int,
+    threads: int | None,
+    dtype: str,
+    log_level: str,
+    ready_file: Path | None,
+) -> None:
+    """Start store, trainer, sampler and gateway, and keep them running until Ctrl-C."""
+    from treadle.cli.launch import launch
+
+    kept = launch(
+        base=base,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        host=host,
+        port=port,
+        threads=threads,
+        dtype=dtype,
+        log_level=log_level,
+        ready_file=ready_file,
+    )
+    if not kept:
+        raise SystemExit(1)

@@ -1,0 +1,1 @@
+"""Ready loops over the SDK: supervised fine-tuning and reinforcement learning, short enough to copy and change."""

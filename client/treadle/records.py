@@ -1,0 +1,126 @@
+"""What the service tells about itself: bases, runs, saved adapters, keys, workers. Plain read-only values.
+
+Knows nothing of the wire and nothing of how these are asked for.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, NamedTuple
+
+from treadle.types import LoraConfig
+
+
+@dataclass(frozen=True)
+class ModelData:
+    """The base that a run trains."""
+
+    model_name: str
+    tokenizer_id: str
+    arch: str = "lora"
+
+
+@dataclass(frozen=True)
+class GetInfoResponse:
+    """What a training client trains."""
+
+    model_data: ModelData
+    model_id: str
+    model_name: str
+    lora_rank: int
+    is_lora: bool = True
+
+
+@dataclass(frozen=True)
+class SupportedModel:
+    """A base that the deployment serves."""
+
+    model_name: str
+    max_context_length: int
+    trainable: bool
+    sampleable: bool
+    vocab_size: int
+    tokenizer: str
+    dtype: str
+    num_parameters: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServerCapabilities:
+    """What the deployment offers, and the tenant that the key belongs to."""
+
+    supported_models: list[SupportedModel]
+    version: str
+    losses: list[str]
+    max_operation_bytes: int
+    tenant: str
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run in the catalog."""
+
+    name: str
+    base: str
+    lora: LoraConfig
+    created: datetime
+    next_seq: int
+    last_done_seq: int
+    metadata: dict[str, str]
+    worker: str
+    epoch: int
+    state: Literal["active", "diverged"]
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A file of a saved adapter."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """A saved revision or checkpoint."""
+
+    name: str
+    base: str
+    lora: LoraConfig
+    step: int
+    created: datetime
+    files: tuple[AdapterFile, ...]
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """An API key without its secret."""
+
+    key_id: str
+    tenant: str
+    scopes: tuple[str, ...]
+    created: datetime
+    expires: datetime | None
+    revoked: bool
+
+
+class CreatedKey(NamedTuple):
+    """A new API key and its secret, which is shown only once."""
+
+    key: KeyInfo
+    secret: str
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """A live trainer or sampler."""
+
+    worker: str
+    kind: Literal["trainer", "sampler"]
+    base: str
+    address: str
+    num_resident: int
+    queue_depth: int
+    last_seen: datetime
+    draining: bool

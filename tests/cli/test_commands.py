@@ -1,0 +1,98 @@
+"""Commands against a real gateway and store."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.gateway.conftest import BASE, Front
+from treadle.cli import COMMANDS
+from treadle.cli.lazy import LazyGroup
+from treadle.cli.settings import UpFile
+
+
+async def treadle(front: Front, *arguments: str, **environment: str) -> Result:
+    """Runs the command line in a thread: the gateway lives in this loop."""
+    (front.folder / "up.json").write_text(json.dumps({"gateway": front.gateway.address}))
+    line = [*arguments, "--data-dir", str(front.folder)]
+    return await asyncio.to_thread(CliRunner().invoke, LazyGroup(COMMANDS), line, env=environment)
+
+
+async def rows(front: Front, *arguments: str, **environment: str) -> list[dict]:
+    done = await treadle(front, *arguments, "-f", "json", **environment)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+async def test_a_key_is_made_listed_and_revoked(front: Front) -> None:
+    """On the same machine no address and no key need be given; the tenant is made on the way."""
+    made = await treadle(front, "key", "create", "acme", "--scope", "train")
+    assert made.exit_code == 0, made.output
+    assert made.stdout.startswith("treadle_acme_")
+    second = await rows(front, "key", "create", "acme")
+    assert second["scopes"] == ["sample", "train"]
+    listed = await rows(front, "key", "list", "--tenant", "acme")
+    assert [key["scopes"] for key in listed] == [["train"], ["sample", "train"]]
+    await rows(front, "key", "revoke", listed[0]["key_id"])
+    assert [key["revoked"] for key in await rows(front, "key", "list", "--tenant", "acme")] == [True, False]
+    assert {row["tenant"] for row in await rows(front, "tenant", "list")} == {"acme", "admin"}
+
+
+async def test_runs_are_listed_shown_and_deleted(front: Front) -> None:
+    """With the key of their tenant, from the environment."""
+    await front.add_peer()
+    key = await front.tenant("acme", "train")
+    run = await front.new_run(key)
+    environment = {"TREADLE_API_KEY": key[0][1].removeprefix("Bearer ")}
+    assert [row["run"] for row in await rows(front, "run", "list", **environment)] == [run]
+    assert (await rows(front, "run", "show", run, **environment))["base"] == BASE
+    table = await treadle(front, "run", "list", **environment)
+    assert run in table.stdout
+    await rows(front, "run", "delete", run, **environment)
+    assert (await treadle(front, "run", "list", **environment)).stdout == "no runs\n"
+    assert await rows(front, "adapter", "list", **environment) == []
+    assert [row["worker"] for row in await rows(front, "worker", "list")] == ["trainer-0"]
+
+
+async def test_an_error_is_one_line_with_its_reason(front: Front) -> None:
+    """And exit code 1; no traceback."""
+    done = await treadle(front, "run", "show", "tenants/admin/runs/none")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: there is no run")
+    assert "[RUN_NOT_FOUND]" in done.stderr
+    assert "Traceback" not in done.output
+
+
+async def test_an_unreachable_gateway_is_named(front: Front) -> None:
+    """With its address."""
+    done = await treadle(front, "tenant", "list", "--address", "127.0.0.1:9")
+    assert done.exit_code == 1
+    assert "127.0.0.1:9" in done.stderr
+
+
+def test_without_any_key_the_command_says_where_to_get_one(tmp_path: Path) -> None:
+    """Before anything is called."""
+    done = CliRunner().invoke(LazyGroup(COMMANDS), ["run", "list", "--data-dir", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "TREADLE_API_KEY" in done.output
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"gateway": "h:1"}'])
+def test_a_broken_up_file_does_no_harm(tmp_path: Path, content: str) -> None:
+    """It is only a hint."""
+    from treadle.cli.settings import DEFAULT_ADDRESS, gateway_address
+
+    (tmp_path / "up.json").write_text(content)
+    assert gateway_address(tmp_path) == ("h:1" if "h:1" in content else DEFAULT_ADDRESS)
+
+
+def test_the_up_file_round_trips(tmp_path: Path) -> None:
+    """Written whole or not at all; no scratch file stays."""
+    from treadle.cli.settings import gateway_address
+
+    up = UpFile("127.0.0.1:7", "pip", "k", 1, {"store": 2}, {"store": "127.0.0.1:8"})
+    up.write(tmp_path / "up.json")
+    assert gateway_address(tmp_path) == "127.0.0.1:7"
+    assert [path.name for path in tmp_path.iterdir()] == ["up.json"]
