@@ -1,0 +1,255 @@
+"""A frozen base model over one packed token stream, with LoRA segments at every linear.
+
+Any decoder-only causal LM of transformers works unpatched: its attention goes through the registered packed
+attention, its linears are replaced by `SegmentedLinear`. This module does not know losses, optimizers or sampling.
+One thread owns a `BaseModel`: the segments of the call in progress are state of the object.
+"""
+
+# Shape suffix legend
+#   T = packed tokens, P = T plus padding rows, N = selected rows, D = hidden, V = vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from treadle_engine.attention import IMPLEMENTATION, AttentionPlan, PackedCausal, PassContext
+from treadle_engine.errors import EngineError
+from treadle_engine.lora import LoraConfig, LoraSite, Segment, SegmentedLinear, SiteKind
+
+ROW_MULTIPLE = 16
+"""Streams are padded to this many rows: below 16, CPU BLAS picks kernels by the row count, and bits change."""
+
+# Rotary scalings whose angles depend on the longest sequence of the pass, that is on the neighbours.
+_UNSTABLE_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """Facts about a base that do not change."""
+
+    name: str
+    path: str
+    vocab_size: int
+    max_context: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    num_parameters: int
+    eos_token_ids: tuple[int, ...]
+
+
+class BaseModel:
+    """A base in memory; read-only but for the segments of the current call."""
+
+    def __init__(self, model: PreTrainedModel, info: BaseInfo) -> None:
+        """Freeze the model and put segmented linears in place; use `load` to get one."""
+        self.info = info
+        self.model = model
+        self.device = model.device
+        self.dtype = model.dtype
+        self.context = PassContext()
+        model.requires_grad_(False).train(False)
+        self._decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+        self.linears, self._sites = _replace_linears(model, self._decoder)
+        self._unembed = self.linears[-1]
+        for module in self._decoder.modules():
+            if hasattr(module, "layer_idx"):
+                module.treadle_context = self.context
+        self._anchor = torch.zeros(1, device=self.device, requires_grad=True)
+        text = model.config.get_text_config()
+        # Granite divides the logits, Cohere multiplies them, Gemma 2 soft-caps them.
+        self.logit_scale = float(getattr(text, "logit_scale", None) or 1.0) / (
+            float(getattr(text, "logits_scaling", None) or 1.0)
+        )
+        self.logit_cap = float(getattr(text, "final_logit_softcapping", None) or 0.0)
+
+    @classmethod
+    def load(cls, path_or_name: str, *, name: str | None = None, dtype: str = "auto", device: str = "cpu") -> BaseModel:
+        """Load a folder or a cached hub name; UNKNOWN_BASE if it is not a causal LM that packed passes can serve."""
+        chosen = _choose_dtype(dtype, torch.device(device))
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                path_or_name, dtype=chosen, attn_implementation=IMPLEMENTATION
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise EngineError("UNKNOWN_BASE", f"cannot load {path_or_name!r}: {error}") from error
+        _refuse_unstable(model)
+        if torch.device(device).type == "cpu":
+            _map_weights(model, Path(path_or_name))
+        model = model.to(device)  # type: ignore[arg-type]
+        base = cls(model, _describe(model, path_or_name, name or Path(path_or_name).name))
+        base._check_head()
+        return base
+
+    def lora_sites(self, config: LoraConfig) -> tuple[LoraSite, ...]:
+        """Return the sites that `config` adapts, by rising index."""
+        return tuple(site for site in self._sites if config.covers(site.kind))
+
+    @property
+    def sites(self) -> tuple[LoraSite, ...]:
+        """All sites of the base; the unembedding is the last."""
+        return self._sites
+
+    @property
+    def unembedding(self) -> SegmentedLinear:
+        """The linear from hidden state to logits."""
+        return self._unembed
+
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPlan, segments: Sequence[Segment]
+    ) -> Tensor:
+        """Return final-norm hidden states x_TD; under grad mode the graph ends in the segments' `grads`."""
+        num_tokens = tokens_T.shape[0]
+        padding = -num_tokens % ROW_MULTIPLE
+        tokens_P, positions_P = F.pad(tokens_T, (0, padding)), F.pad(positions_T, (0, padding))
+        self.context.plan, self.context.num_tokens = attention, num_tokens
+        try:
+            with self._using(segments, self.linears[:-1]):
+                output = self._decoder(
+                    input_ids=tokens_P.unsqueeze(0), position_ids=positions_P.unsqueeze(0), use_cache=False
+                )
+        finally:
+            self.context.plan = None
+        x_TD: Tensor = output.last_hidden_state[0, :num_tokens]
+        return x_TD
+
+    def logits(self, x_ND: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Return float32 logits l_NV of the given rows; `segments` count in these rows."""
+        rows = x_ND.shape[0]
+        x_PD = F.pad(x_ND, (0, 0, 0, -rows % ROW_MULTIPLE))
+        with self._using(segments, [self._unembed]):
+            raw_PV: Tensor = self._unembed(x_PD)
+        return self.shape_logits(raw_PV[:rows].float())
+
+    def shape_logits(self, raw_NV: Tensor) -> Tensor:
+        """Apply the architecture's scale and soft-cap to float32 outputs of the unembedding."""
+        scaled_NV = raw_NV if self.logit_scale == 1.0 else raw_NV * self.logit_scale
+        return scaled_NV if not self.logit_cap else torch.tanh(scaled_NV / self.logit_cap) * self.logit_cap
+
+    @contextmanager
+    def _using(self, segments: Sequence[Segment], linears: Sequence[SegmentedLinear]) -> Iterator[None]:
+        for linear in linears:
+            linear.segments, linear.anchor = segments, self._anchor
+        try:
+            yield
+        finally:
+            for linear in linears:
+                linear.segments, linear.anchor = (), None
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compare our logits with the model's own, so that an unknown logit transform is refused, not ignored."""
+        tokens_T = torch.arange(ROW_MULTIPLE, device=self.device) % self.info.vocab_size
+        positions_T = torch.arange(ROW_MULTIPLE, device=self.device)
+        plan = PackedCausal([ROW_MULTIPLE], self.device)
+        ours_TV = self.logits(self.hidden(tokens_T, positions_T, plan, ()), ())
+        self.context.plan, self.context.num_tokens = plan, ROW_MULTIPLE
+        theirs = self.model(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False)
+        self.context.plan = None
+        if not torch.allclose(ours_TV, theirs.logits[0].float(), rtol=0.02, atol=0.02):
+            raise EngineError("UNKNOWN_BASE", "the architecture shapes its logits in a way that is not supported")
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        features = torch.cpu.get_capabilities()
+        native = features.get("avx512_bf16") or features.get("amx_bf16") or features.get("bf16")
+        return torch.bfloat16 if native else torch.float32
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in named:
+        raise EngineError("BAD_VALUE", f"dtype must be auto, float32 or bfloat16, got {dtype!r}")
+    return named[dtype]
+
+
+def _replace_linears(model: PreTrainedModel, decoder: nn.Module) -> tuple[list[SegmentedLinear], tuple[LoraSite, ...]]:
+    """Swap every linear of the decoder layers, then the unembedding; return them with their sites, in order."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(head, nn.Linear):
+        raise EngineError("UNKNOWN_BASE", "the model has no linear unembedding")
+    layers = next((child for child in decoder.children() if isinstance(child, nn.ModuleList)), None)
+    if layers is None:
+        raise EngineError("UNKNOWN_BASE", "the model has no list of decoder layers")
+    names = {id(module): name for name, module in model.named_modules()}
+    prefix = names[id(layers)]
+    found = [(f"{prefix}.{name}", child) for name, child in layers.named_modules() if isinstance(child, nn.Linear)]
+    found.append((names[id(head)], head))
+    linears, sites = [], []
+    for index, (name, linear) in enumerate(found):
+        kind: SiteKind = "unembed" if linear is head else "attn" if "attn" in name or "attention" in name else "mlp"
+        replacement = SegmentedLinear(linear, index)
+        model.set_submodule(name, replacement)
+        linears.append(replacement)
+        sites.append(LoraSite(index, name, linear.in_features, linear.out_features, kind))
+    return linears, tuple(sites)
+
+
+def _refuse_unstable(model: PreTrainedModel) -> None:
+    rope: dict[str, Any] = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind in _UNSTABLE_ROPE:
+        raise EngineError("UNKNOWN_BASE", f"rotary scaling {kind!r} depends on the longest sequence of a pass")
+
+
+def _map_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Point parameters at the file's memory map where the file holds exactly their bytes.
+
+    Processes on one machine then share one copy. A parameter that was converted on loading stays a private copy.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    parameter = _parameter(model, name)
+                    if parameter is None:
+                        continue
+                    stored = tensors.get_tensor(name)
+                    if stored.dtype == parameter.dtype and torch.equal(stored, parameter.data):
+                        parameter.data = stored
+        except (SafetensorError, OSError):
+            continue
+
+
+def _parameter(model: PreTrainedModel, name: str) -> nn.Parameter | None:
+    for candidate in (name, f"{model.base_model_prefix}.{name}"):
+        try:
+            return model.get_parameter(candidate)
+        except AttributeError:
+            continue
+    return None
+
+
+def _describe(model: PreTrainedModel, path: str, name: str) -> BaseInfo:
+    config = model.config.get_text_config()
+    generation: GenerationConfig | None = model.generation_config
+    eos = generation.eos_token_id if generation is not None else None
+    eos = config.eos_token_id if eos is None else eos
+    heads = int(config.num_attention_heads)
+    return BaseInfo(
+        name=name,
+        path=path,
+        vocab_size=int(config.vocab_size),
+        max_context=int(config.max_position_embeddings),
+        hidden_size=int(config.hidden_size),
+        num_layers=int(config.num_hidden_layers),
+        num_heads=heads,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+    )

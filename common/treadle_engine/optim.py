@@ -1,0 +1,137 @@
+"""AdamW over one flat buffer: the training state of a run, its step, snapshot and digest.
+
+It needs no base model, so that a step can run beside other runs' passes. It does not know ops, runs or storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from treadle_engine.errors import EngineError
+from treadle_engine.lora import AdapterBase, AdapterWeights, LoraConfig
+
+
+@dataclass
+class TrainState:
+    """Everything of a run that changes: weights, gradient and both moments (flat float32), and the step count."""
+
+    weights: AdapterWeights
+    grads: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int = 0
+
+    @classmethod
+    def fresh(cls, weights: AdapterWeights) -> TrainState:
+        """Start training the given weights with a new optimizer."""
+        flat = weights.flat
+        return cls(weights, torch.zeros_like(flat), torch.zeros_like(flat), torch.zeros_like(flat))
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, in bytes."""
+        return self.weights.num_bytes + self.grads.nbytes + self.exp_avg.nbytes + self.exp_avg_sq.nbytes
+
+    def digest(self) -> str:
+        """Return the sha256 (hex) over weights, moments and step; the gradient is not part of it."""
+        sha = hashlib.sha256(self.step.to_bytes(8, "little"))
+        for tensor in (self.weights.flat, self.exp_avg, self.exp_avg_sq):
+            sha.update(tensor.detach().cpu().numpy().data)
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """AdamW with decoupled decay; `grad_clip_norm` 0 turns clipping off."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values with which the step would be meaningless."""
+        for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise EngineError("BAD_VALUE", f"{name} must be finite and not negative, got {value}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise EngineError("BAD_VALUE", f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+@torch.no_grad()
+def optim_step(state: TrainState, params: AdamParams) -> dict[str, float]:
+    """Apply one AdamW step, zero the gradient and return metrics; after NAN_GRADIENT nothing else has changed."""
+    grad_norm = float(torch.linalg.vector_norm(state.grads))
+    if not math.isfinite(grad_norm):
+        state.grads.zero_()
+        raise EngineError("NAN_GRADIENT", "the accumulated gradient is not finite; it was dropped")
+    clipped = 0.0 < params.grad_clip_norm < grad_norm
+    if clipped:
+        state.grads.mul_(params.grad_clip_norm / (grad_norm + 1e-6))
+    flat = state.weights.flat
+    before = flat.clone()
+    # The functional form counts the step itself, in a float32 tensor of its own.
+    adamw(
+        [flat],
+        [state.grads],
+        [state.exp_avg],
+        [state.exp_avg_sq],
+        [],
+        [torch.tensor(float(state.step), device=flat.device)],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        lr=params.learning_rate,
+        beta1=params.beta1,
+        beta2=params.beta2,
+        eps=params.eps,
+        weight_decay=params.weight_decay,
+    )
+    state.step += 1
+    state.grads.zero_()
+    state.weights.refresh()
+    return {
+        "grad_norm:mean": grad_norm,
+        "update_norm:mean": float(torch.linalg.vector_norm(before.sub_(flat))),
+        "weight_norm:mean": float(torch.linalg.vector_norm(flat)),
+        "learning_rate:mean": params.learning_rate,
+        "clip_fraction:mean": float(clipped),
+    }
+
+
+def snapshot(state: TrainState) -> dict[str, Tensor]:
+    """Copy weights, moments and step to the CPU; taken at a step boundary, so without the gradient."""
+    return {
+        "weights": state.weights.flat.detach().to("cpu", copy=True),
+        "exp_avg": state.exp_avg.to("cpu", copy=True),
+        "exp_avg_sq": state.exp_avg_sq.to("cpu", copy=True),
+        "step": torch.tensor([state.step], dtype=torch.int64),
+    }
+
+
+def restore(base: AdapterBase, config: LoraConfig, tensors: Mapping[str, Tensor]) -> TrainState:
+    """Build the state that `snapshot` copied, with an empty gradient; INCOMPATIBLE_ADAPTER if it does not fit."""
+    state = TrainState.fresh(AdapterWeights(base, config))
+    targets = {"weights": state.weights.flat, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    missing = {*targets, "step"} - set(tensors)
+    if missing:
+        raise EngineError("INCOMPATIBLE_ADAPTER", f"the snapshot lacks {sorted(missing)}")
+    for name, target in targets.items():
+        value = tensors[name]
+        if value.shape != target.shape or value.dtype != torch.float32:
+            raise EngineError("INCOMPATIBLE_ADAPTER", f"{name}: expected {target.numel()} float32 values")
+        target.copy_(value)
+    state.step = int(tensors["step"])
+    state.weights.refresh()
+    return state

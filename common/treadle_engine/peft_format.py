@@ -1,0 +1,158 @@
+"""Adapters as PEFT folders: `adapter_config.json` and `adapter_model.safetensors`, both ways.
+
+What is written loads in `peft` and vLLM; what is read may come from anyone, so only safetensors are opened and
+everything is checked. This module does not know revisions, stores or optimizers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+
+from treadle_engine.base_model import BaseModel
+from treadle_engine.errors import EngineError
+from treadle_engine.lora import MAX_RANK, AdapterWeights, LoraConfig, LoraSite, tensor_name
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+# Features of PEFT that change what an adapter computes and that have no place in the flat layout.
+_UNSUPPORTED = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "layer_replication",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_qalora",
+    "alora_invocation_tokens",
+)
+
+
+def to_files(base: BaseModel, weights: AdapterWeights, dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
+    """Return the two files of a PEFT folder, by name."""
+    tensors = {
+        f"{_PREFIX}{name}": tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in weights.to_tensors().items()
+    }
+    return {
+        CONFIG_FILE: _config_file(base, weights.config),
+        WEIGHTS_FILE: safetensors_torch.save(tensors, {"format": "pt"}),
+    }
+
+
+def from_files(base: BaseModel, files: Mapping[str, bytes]) -> AdapterWeights:
+    """Read a PEFT adapter; BAD_ADAPTER_FILE if it is malformed, INCOMPATIBLE_ADAPTER if the base has no place for it.
+
+    Rank, alpha and trained kinds come from the file. A site that its kind covers but the file lacks starts as in a
+    new adapter: B zero, so that logits are those of the file.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if name not in files:
+            raise EngineError("BAD_ADAPTER_FILE", f"{name} is missing; only safetensors are read")
+    settings = _parse_config(files[CONFIG_FILE])
+    try:
+        tensors = safetensors_torch.load(files[WEIGHTS_FILE])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise EngineError("BAD_ADAPTER_FILE", f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
+    named = _strip(tensors)
+    config = _lora_config(base, settings, named)
+    initial = AdapterWeights.init(base, config).to_tensors()
+    for name, value in named.items():
+        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not bool(value.isfinite().all()):
+            raise EngineError("BAD_ADAPTER_FILE", f"{name} is not a finite float tensor")
+    return AdapterWeights.from_tensors(base, config, {**initial, **named})
+
+
+def save_adapter(folder: Path, base: BaseModel, weights: AdapterWeights, dtype: torch.dtype = torch.float32) -> None:
+    """Write a PEFT folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in to_files(base, weights, dtype).items():
+        (folder / name).write_bytes(content)
+
+
+def load_adapter(folder: Path, base: BaseModel) -> AdapterWeights:
+    """Read a PEFT folder; see `from_files`."""
+    names = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).is_file()]
+    return from_files(base, {name: (folder / name).read_bytes() for name in names})
+
+
+def _config_file(base: BaseModel, config: LoraConfig) -> bytes:
+    written = peft.LoraConfig(
+        r=config.rank,
+        # PEFT declares an integer; a fraction is written only where the run has one.
+        lora_alpha=int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,  # type: ignore[arg-type]
+        target_modules=_target_modules(base.sites, base.lora_sites(config)),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.info.name,
+        inference_mode=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        written.save_pretrained(folder)
+        return (Path(folder) / CONFIG_FILE).read_bytes()
+
+
+def _target_modules(every: tuple[LoraSite, ...], chosen: tuple[LoraSite, ...]) -> list[str]:
+    """Name modules by last component, as vLLM expects, unless that would select more than the chosen ones."""
+    last = sorted({site.module_name.rpartition(".")[2] for site in chosen})
+    selected = {site.index for site in every if site.module_name.rpartition(".")[2] in last}
+    exact = selected == {site.index for site in chosen}
+    return last if exact else [site.module_name for site in chosen]
+
+
+def _parse_config(content: bytes) -> dict[str, Any]:
+    try:
+        settings = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise EngineError("BAD_ADAPTER_FILE", f"{CONFIG_FILE} is not JSON: {error}") from error
+    if not isinstance(settings, dict) or str(settings.get("peft_type", "LORA")).upper() != "LORA":
+        raise EngineError("BAD_ADAPTER_FILE", f"{CONFIG_FILE} does not describe a LoRA adapter")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or type(alpha) not in (int, float):
+        raise EngineError("BAD_ADAPTER_FILE", f"{CONFIG_FILE}: r must be an integer and lora_alpha a number")
+    if not 1 <= rank <= MAX_RANK:
+        raise EngineError("INCOMPATIBLE_ADAPTER", f"rank {rank} is not in 1..{MAX_RANK}")
+    used = [name for name in _UNSUPPORTED if settings.get(name)]
+    if settings.get("bias", "none") != "none":
+        used.append("bias")
+    if used:
+        raise EngineError("INCOMPATIBLE_ADAPTER", f"the adapter uses PEFT features that are not supported: {used}")
+    return settings
+
+
+def _strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    wrong = [name for name in tensors if not name.startswith(_PREFIX)]
+    if wrong or not tensors:
+        raise EngineError("BAD_ADAPTER_FILE", f"tensor names must start with {_PREFIX!r}; found {wrong[:3]}")
+    return {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
+
+
+def _lora_config(base: BaseModel, settings: Mapping[str, Any], named: Mapping[str, Tensor]) -> LoraConfig:
+    kinds = {site.kind for site in base.sites if tensor_name(site, "A") in named or tensor_name(site, "B") in named}
+    if not kinds:
+        raise EngineError("INCOMPATIBLE_ADAPTER", "no tensor of the adapter belongs to a linear of this base")
+    alpha = float(settings["lora_alpha"])
+    if settings.get("use_rslora"):
+        # rsLoRA divides by sqrt(r) where we divide by r.
+        alpha *= math.sqrt(settings["r"])
+    return LoraConfig(
+        rank=settings["r"],
+        alpha=alpha,
+        train_attn="attn" in kinds,
+        train_mlp="mlp" in kinds,
+        train_unembed="unembed" in kinds,
+    )
