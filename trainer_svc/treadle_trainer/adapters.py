@@ -1,0 +1,140 @@
+"""The operations that save and load adapters: device work between passes, transfers beside them.
+
+A saved adapter is its files in the blob store and one row that names them; the row is written only after the
+operation itself is durable, and writing it again after a crash changes nothing. Knows neither order nor streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from treadle import names
+from treadle.errors import TreadleError, make_error
+from treadle.v1 import adapters_pb2, training_pb2
+from treadle_engine.peft_format import WEIGHTS_FILE
+from treadle_trainer import operations
+from treadle_trainer.device import OPTIMIZER_FILE, Device
+from treadle_trainer.device_loop import DeviceLoop
+from treadle_trainer.executor import Executor
+from treadle_trainer.journal_client import JournalClient
+from treadle_trainer.resident import Resident, RunOp
+from treadle_trainer.runs import LOAD_STATE
+from treadle_trainer.snapshots import Snapshots
+
+SAVE_STATE: Final = "save_state"
+SAVE_WEIGHTS: Final = "save_weights_for_sampler"
+
+
+class Adapters:
+    """Runs save_state, save_weights_for_sampler and load_state."""
+
+    def __init__(self, executor: Executor, loop: DeviceLoop, store: JournalClient, snapshots: Snapshots) -> None:
+        """Registers itself with the device loop as the starter of its kinds."""
+        self._executor, self._loop, self._store, self._snapshots = executor, loop, store, snapshots
+        self._transfers: set[asyncio.Task[None]] = set()
+        loop.starters[SAVE_STATE] = self._start_save
+        loop.starters[SAVE_WEIGHTS] = self._start_save
+        loop.starters[LOAD_STATE] = lambda resident, op: self._spawn(self._load(resident, op))
+
+    async def fetch(self, name: str, base: str, *, with_optimizer: bool) -> dict[str, bytes]:
+        """Returns a saved adapter's files by name; ADAPTER_NOT_FOUND, INCOMPATIBLE_ADAPTER, NO_OPTIMIZER_STATE."""
+        adapter = await self._store.lookup_adapter(name)
+        if adapter.base != base:
+            raise make_error("INCOMPATIBLE_ADAPTER", f"{name} was trained on {adapter.base!r}, the run is on {base!r}")
+        present = {file.path: file.sha256 for file in adapter.files}
+        if with_optimizer and OPTIMIZER_FILE not in present:
+            raise make_error(
+                "NO_OPTIMIZER_STATE", f"{name} is a revision without optimizer state; load a checkpoint, or without it"
+            )
+        if not with_optimizer:
+            present.pop(OPTIMIZER_FILE, None)
+        return {path: await self._store.get_blob(sha256) for path, sha256 in present.items()}
+
+    def _start_save(self, resident: Resident, op: RunOp) -> None:
+        async def turn() -> None:
+            if resident.closed is not None:
+                return
+            try:
+                _check_id(op)
+                files, step = await self._executor.call(
+                    Device.export, resident.name, with_optimizer=op.kind == SAVE_STATE
+                )
+            except TreadleError as error:
+                self._loop.conclude(resident, op, error)
+                return
+            self._spawn(self._store_adapter(resident, op, files, step))
+
+        self._loop.request_turn(turn)
+
+    async def _store_adapter(self, resident: Resident, op: RunOp, files: dict[str, bytes], step: int) -> None:
+        try:
+            adapter = adapters_pb2.Adapter(base=resident.facts.base, lora=resident.facts.lora, step=step)
+            for path, data in sorted(files.items()):
+                adapter.files.add(path=path, size=len(data), sha256=await self._store.put_blob(data))
+            adapter.name = _adapter_name(resident.name, op, files, step)
+            adapter.created.FromNanoseconds(time.time_ns())
+            # An adapter must not outlive an operation that was never accepted.
+            await resident.wait_until(lambda: resident.results.appended_seq >= op.seq)
+            await self._store.record_adapter(resident.name, resident.facts.epoch, op.seq, adapter)
+        except TreadleError as error:
+            self._loop.conclude(resident, op, error)
+            return
+        result = training_pb2.OperationResult()
+        if op.kind == SAVE_STATE:
+            result.save_state.checkpoint = adapter.name
+        else:
+            result.save_weights_for_sampler.revision = adapter.name
+        self._loop.conclude(resident, op, result)
+
+    async def _load(self, resident: Resident, op: RunOp) -> None:
+        with_optimizer = op.work.operation.load_state.with_optimizer
+        try:
+            name = operations.adapter_to_load(resident.name, op.work.operation)
+            files = await self.fetch(name, resident.facts.base, with_optimizer=with_optimizer)
+            config = operations.lora_config(resident.facts.lora)
+        except TreadleError as error:
+            self._loop.conclude(resident, op, error)
+            return
+
+        async def turn() -> None:
+            if resident.closed is not None:
+                return
+            try:
+                loaded = await self._executor.call(
+                    Device.load, resident.name, config, files, with_optimizer=with_optimizer
+                )
+            except TreadleError as error:
+                self._loop.conclude(resident, op, error)
+                return
+            result = training_pb2.OperationResult()
+            result.load_state.step = loaded.step
+            self._loop.conclude(resident, op, result, loaded.digest)
+            # The adapter may be deleted later: from here on the run must not need it again.
+            self._snapshots.request(resident)
+
+        self._loop.request_turn(turn)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._transfers.add(task)
+        task.add_done_callback(self._transfers.discard)
+
+
+def _check_id(op: RunOp) -> None:
+    wanted = op.work.operation
+    chosen = wanted.save_state.checkpoint_id if op.kind == SAVE_STATE else wanted.save_weights_for_sampler.revision_id
+    if chosen:
+        names.check_id(chosen)
+
+
+def _adapter_name(run: str, op: RunOp, files: dict[str, bytes], step: int) -> str:
+    owner = names.parse_run(run)
+    if op.kind == SAVE_STATE:
+        return str(owner.adapter("checkpoints", op.work.operation.save_state.checkpoint_id or f"step-{step}"))
+    chosen = op.work.operation.save_weights_for_sampler.revision_id
+    content = f"w-{hashlib.sha256(files[WEIGHTS_FILE]).hexdigest()[:12]}"
+    return str(owner.adapter("revisions", chosen or content))

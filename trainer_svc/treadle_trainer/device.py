@@ -1,0 +1,176 @@
+"""The torch side of the trainer: the base, the training state of each resident run, and what is done to them.
+
+One thread calls it (see executor). It takes and gives plain values: names, numpy batches, bytes. It does not know
+the order of operations, tenants, the journal or the wire.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from treadle_engine.base_model import BaseInfo, BaseModel
+from treadle_engine.batch import TokenBatch
+from treadle_engine.determinism import settle
+from treadle_engine.errors import EngineError
+from treadle_engine.lora import AdapterWeights, LoraConfig
+from treadle_engine.losses import LossSpec
+from treadle_engine.optim import AdamParams, TrainState, optim_step, restore, snapshot
+from treadle_engine.passes import Chunk, ChunkResult, TrainingEngine
+from treadle_engine.peft_format import CONFIG_FILE, from_files, to_files
+
+OPTIMIZER_FILE: Final = "optimizer.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class PassChunk:
+    """One chunk of a pass, by the name of its run."""
+
+    run: str
+    batch: TokenBatch
+    loss: LossSpec
+    forward_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What an optimizer step or a load left behind; `digest` is the sha256 of the run's state."""
+
+    step: int
+    digest: bytes
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StateCopy:
+    """A run's state at a step boundary, serialized as safetensors."""
+
+    data: bytes
+    step: int
+    digest: bytes
+
+
+class Device:
+    """A base and the runs that live on it."""
+
+    def __init__(self, base: BaseModel, max_tokens_per_pass: int) -> None:
+        """Serves `base` with passes of at most so many tokens."""
+        self._base = base
+        self._engine = TrainingEngine(base, max_tokens_per_pass)
+        self._states: dict[str, TrainState] = {}
+
+    @property
+    def info(self) -> BaseInfo:
+        """Facts about the base; safe to read from any thread."""
+        return self._base.info
+
+    def split(self, batch: TokenBatch) -> list[TokenBatch]:
+        """Cuts a batch into chunks by its own content; touches no state, safe from any thread."""
+        return self._engine.split(batch)
+
+    def create(self, run: str, config: LoraConfig) -> None:
+        """Starts a run from its seed."""
+        self._states[run] = TrainState.fresh(AdapterWeights.init(self._base, config))
+
+    def restore(self, run: str, config: LoraConfig, data: bytes) -> None:
+        """Starts a run from a StateCopy's bytes; BAD_ADAPTER_FILE or INCOMPATIBLE_ADAPTER if they are none of its."""
+        self._states[run] = restore(self._base, config, _parse(data))
+
+    def drop(self, run: str) -> None:
+        """Forgets a run."""
+        self._states.pop(run, None)
+
+    def run_pass(self, chunks: Sequence[PassChunk]) -> list[ChunkResult]:
+        """Runs one pass; each chunk's failure is in its own result."""
+        return self._engine.run_pass(
+            [Chunk(self._states[chunk.run], chunk.batch, chunk.loss, chunk.forward_only) for chunk in chunks]
+        )
+
+    def optim_step(self, run: str, params: AdamParams) -> Stepped:
+        """Applies and clears the run's gradient; NAN_GRADIENT drops it and changes nothing else."""
+        state = self._states[run]
+        metrics = optim_step(state, params)
+        return Stepped(state.step, bytes.fromhex(state.digest()), metrics)
+
+    def clear_gradient(self, run: str) -> None:
+        """Drops the run's gradient."""
+        if run in self._states:
+            self._states[run].grads.zero_()
+
+    def copy_state(self, run: str, num_failed: int) -> StateCopy:
+        """Serializes the run's state as it is at its last step boundary; `num_failed` travels with it."""
+        state = self._states[run]
+        tensors = snapshot(state)
+        tensors["num_failed"] = torch.tensor([num_failed], dtype=torch.int64)
+        return StateCopy(save_tensors(tensors), state.step, bytes.fromhex(state.digest()))
+
+    def export(self, run: str, *, with_optimizer: bool) -> tuple[dict[str, bytes], int]:
+        """Returns the run as PEFT files by name, and its step.
+
+        With the optimizer's state the weights are float32, else in the dtype that the base computes in.
+        """
+        state = self._states[run]
+        dtype = torch.float32 if with_optimizer else self._base.dtype
+        files = to_files(self._base, state.weights, dtype)
+        files[CONFIG_FILE] = _in_order(files[CONFIG_FILE])
+        if with_optimizer:
+            moments = {name: value for name, value in snapshot(state).items() if name != "weights"}
+            files[OPTIMIZER_FILE] = save_tensors(moments)
+        return files, state.step
+
+    def load(self, run: str, config: LoraConfig, files: Mapping[str, bytes], *, with_optimizer: bool) -> Stepped:
+        """Replaces (or starts) a run by saved files that must fit `config`; clears the gradient.
+
+        Without the optimizer's state the moments and the step count restart at zero.
+        """
+        read = from_files(self._base, files)
+        if _shape(read.config) != _shape(config):
+            raise EngineError(
+                "INCOMPATIBLE_ADAPTER", f"the adapter is {_shape(read.config)}, the run is {_shape(config)}"
+            )
+        weights = AdapterWeights(self._base, config, read.flat)
+        state = TrainState.fresh(weights)
+        if with_optimizer:
+            moments = _parse(files[OPTIMIZER_FILE])
+            state = restore(self._base, config, {**moments, "weights": weights.flat})
+        self._states[run] = state
+        return Stepped(state.step, bytes.fromhex(state.digest()), {})
+
+
+def load_device(path: str, name: str, *, dtype: str, device: str, threads: int, max_tokens_per_pass: int) -> Device:
+    """Loads a base onto the device; runs on the thread that will own it."""
+    settle(threads)
+    return Device(BaseModel.load(path, name=name, dtype=dtype, device=device), max_tokens_per_pass)
+
+
+def count_failed(data: bytes) -> int:
+    """Returns the failures that a StateCopy recorded: those that no barrier had reported yet."""
+    return int(_parse(data)["num_failed"])
+
+
+def _in_order(config: bytes) -> bytes:
+    """Sorts what PEFT writes in an order of the process's own: an adapter must be the same bytes after a crash."""
+    settings = json.loads(config)
+    for key, value in settings.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            settings[key] = sorted(value)
+    return json.dumps(settings, indent=2, sort_keys=True).encode()
+
+
+def _shape(config: LoraConfig) -> str:
+    kinds = [kind for kind in ("attn", "mlp", "unembed") if getattr(config, f"train_{kind}")]
+    return f"rank {config.rank}, alpha {config.alpha:g}, {'+'.join(kinds)}"
+
+
+def _parse(data: bytes) -> dict[str, torch.Tensor]:
+    try:
+        return load_tensors(data)
+    except SafetensorError as error:
+        raise EngineError("BAD_ADAPTER_FILE", f"not a safetensors file: {error}") from error

@@ -1,0 +1,62 @@
+"""The one thread that owns the device, seen from the event loop as awaitable calls.
+
+Calls run one after the other, in the order in which they were made. What goes in and comes out are plain values, so
+that the thread could become a process. Knows nothing of what the calls do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Concatenate, ParamSpec, TypeVar
+
+from treadle.errors import TreadleError, make_error
+from treadle_engine.errors import EngineError
+from treadle_service.logs import get_logger
+from treadle_trainer.device import Device
+
+P = ParamSpec("P")
+R = TypeVar("R")
+log = get_logger(__name__)
+
+
+class Executor:
+    """Runs methods of the one Device on its own thread."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+        self._device: Device | None = None
+
+    async def start(self, load: Callable[[], Device]) -> Device:
+        """Loads the device on its thread; only the immutable facts of the returned one may be read elsewhere."""
+        self._device = await asyncio.get_running_loop().run_in_executor(self._thread, load)
+        return self._device
+
+    def call(self, method: Callable[Concatenate[Device, P], R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+        """Queues `method` of the device at once; the future has its result, or a TreadleError for what went wrong."""
+        return asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: _guarded(self._device, method, *args, **kwargs)
+        )
+
+    def stop(self) -> None:
+        """Ends the thread after the calls that were made."""
+        self._thread.shutdown(wait=True)
+
+
+def _guarded(
+    device: Device | None, method: Callable[Concatenate[Device, P], R], *args: P.args, **kwargs: P.kwargs
+) -> R:
+    if device is None:
+        raise make_error("UNAVAILABLE", "the base is still being loaded")
+    try:
+        return method(device, *args, **kwargs)
+    except EngineError as error:
+        raise make_error(error.reason, error.message) from error
+    except TreadleError:
+        raise
+    except Exception as error:
+        log.exception("device_fault", exc_info=error)
+        raise make_error(
+            "INTERNAL", f"the device failed at this operation ({type(error).__name__}); send it again as a new one"
+        ) from error

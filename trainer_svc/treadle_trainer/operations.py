@@ -1,0 +1,172 @@
+"""Operations between the wire and the device: arguments checked and decoded, answers encoded.
+
+Whatever is wrong with an operation's arguments is found here, before it could share a pass with anybody else's.
+Pure: no I/O, no torch calls; batches are numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import xxhash
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+
+from treadle import names
+from treadle.errors import TreadleError, make_error
+from treadle.v1 import training_pb2, types_pb2
+from treadle.wire import decode_batch, encode_outputs
+from treadle_engine.batch import BaseLimits, TokenBatch
+from treadle_engine.errors import EngineError
+from treadle_engine.lora import LoraConfig
+from treadle_engine.losses import LossSpec
+from treadle_engine.optim import AdamParams
+from treadle_engine.passes import ChunkResult
+from treadle_trainer.runs import FORWARD
+
+MAX_ANSWER_BYTES: Final = 2_500_000
+"""Longest answer: it must fit a journal write and a frame of the stream."""
+
+FloatArray = NDArray[np.float32]
+Split = Callable[[TokenBatch], list[TokenBatch]]
+
+
+@dataclass(slots=True)
+class PassWork:
+    """A forward or forward_backward, cut into chunks, and how far it has come."""
+
+    chunks: list[TokenBatch]
+    loss: LossSpec
+    forward_only: bool
+    as_list: bool
+    results: list[ChunkResult] = field(default_factory=list)
+    ran_seconds: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all chunks have their result."""
+        return len(self.results) == len(self.chunks)
+
+
+def kind_of(operation: training_pb2.Operation) -> str:
+    """Returns the name of the operation's kind; BAD_OPERATION if it has none."""
+    kind: str | None = operation.WhichOneof("kind")
+    if kind is None:
+        raise make_error(
+            "BAD_OPERATION", "the operation has no kind; set one of forward, forward_backward, optim_step, ..."
+        )
+    return kind
+
+
+def digest_of(operation: training_pb2.Operation) -> int:
+    """Returns the digest that the client gave, or computes it: xxh3-64 of the serialized kind."""
+    kind = operation.WhichOneof("kind")
+    if operation.digest or kind is None:
+        return operation.digest
+    body: Message = getattr(operation, kind)
+    return xxhash.xxh3_64_intdigest(body.SerializeToString(deterministic=True))
+
+
+def timeout_of(operation: training_pb2.Operation) -> float | None:
+    """Returns the operation's queue timeout in seconds, None for none."""
+    return operation.queue_timeout.ToNanoseconds() / 1e9 if operation.HasField("queue_timeout") else None
+
+
+def prepare(operation: training_pb2.Operation, limits: BaseLimits, split: Split) -> PassWork:
+    """Decodes, checks and cuts the batch of a forward or forward_backward; raises TreadleError if it cannot run."""
+    kind = kind_of(operation)
+    body = operation.forward if kind == FORWARD else operation.forward_backward
+    columns = decode_batch(body.batch, limits.max_context)
+    shape = columns.targets.shape
+    answer_bytes = 4 * int(np.prod(shape))
+    if answer_bytes > MAX_ANSWER_BYTES:
+        raise make_error(
+            "OPERATION_TOO_LARGE",
+            f"the answer would have {answer_bytes} bytes, at most {MAX_ANSWER_BYTES}: cut the batch by rows",
+        )
+    loss_inputs = {name: _broadcast(column, shape) for name, column in columns.columns.items()}
+    batch = TokenBatch(columns.lengths_R, columns.tokens_T, columns.targets, loss_inputs)
+    try:
+        loss = LossSpec(body.loss_fn.name, dict(body.loss_fn.config))
+        batch.validate(limits, loss.name, forward_only=kind == FORWARD)
+        chunks = split(batch)
+    except EngineError as error:
+        raise make_error(error.reason, error.message) from error
+    return PassWork(chunks, loss, kind == FORWARD, body.batch.WhichOneof("form") == "list")
+
+
+def adam_params(message: types_pb2.AdamParams) -> AdamParams:
+    """Returns the optimizer's settings with defaults where unset; BAD_VALUE if they make no sense."""
+    given = {descriptor.name: value for descriptor, value in message.ListFields()}
+    try:
+        return AdamParams(**given)
+    except EngineError as error:
+        raise make_error(error.reason, error.message) from error
+
+
+def lora_config(message: types_pb2.LoraConfig) -> LoraConfig:
+    """Returns the shape of a run's adapter; BAD_LORA_CONFIG if no adapter can have it."""
+    try:
+        return LoraConfig(
+            rank=message.rank or 32,
+            alpha=message.alpha or 32.0,
+            seed=message.seed,
+            train_attn=not message.skip_attn,
+            train_mlp=not message.skip_mlp,
+            train_unembed=not message.skip_unembed,
+        )
+    except EngineError as error:
+        raise make_error(error.reason, error.message) from error
+
+
+def adapter_to_load(run: str, operation: training_pb2.Operation) -> str:
+    """Returns the name of the adapter that a load_state wants; ADAPTER_NOT_FOUND if it is another tenant's."""
+    wanted = names.parse_adapter(operation.load_state.adapter)
+    if wanted.tenant != names.parse_run(run).tenant:
+        raise make_error("ADAPTER_NOT_FOUND", f"there is no adapter {operation.load_state.adapter!r}")
+    return str(wanted)
+
+
+def failure_in(work: PassWork) -> TreadleError | None:
+    """Returns the first failure among the chunks that have run."""
+    error = next((result.error for result in work.results if result.error is not None), None)
+    return None if error is None else make_error(error.reason, error.message)
+
+
+def pass_result(work: PassWork) -> training_pb2.OperationResult:
+    """Returns the answer of a complete forward or forward_backward."""
+    lengths = np.concatenate([chunk.lengths_R for chunk in work.chunks])
+    logprobs = np.concatenate([result.logprobs_TK for result in work.results])
+    outputs = encode_outputs(lengths, logprobs, combine_metrics(work.chunks, work.results), work.as_list)
+    result = training_pb2.OperationResult()
+    if work.forward_only:
+        result.forward.outputs.CopyFrom(outputs)
+    else:
+        result.forward_backward.outputs.CopyFrom(outputs)
+    return result
+
+
+def combine_metrics(chunks: Sequence[TokenBatch], results: Sequence[ChunkResult]) -> dict[str, float]:
+    """Combines the chunks' metrics as their keys say: sum, mean (by datums), min or max."""
+    combined: dict[str, float] = {}
+    num_rows = sum(chunk.num_rows for chunk in chunks)
+    for key in results[0].metrics:
+        values = [result.metrics[key] for result in results]
+        match key.rpartition(":")[2]:
+            case "mean":
+                combined[key] = sum(v * c.num_rows for v, c in zip(values, chunks, strict=True)) / num_rows
+            case "min":
+                combined[key] = min(values)
+            case "max":
+                combined[key] = max(values)
+            case _:
+                combined[key] = sum(values)
+    return combined
+
+
+def _broadcast(column: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    """Repeats a value per position for each of its K targets; the result is writable, as torch wants it."""
+    return np.array(column if column.shape == shape else np.broadcast_to(column[:, None], shape), order="C")

@@ -1,0 +1,287 @@
+"""A run in memory: its order, its results, and whoever waits for either. Single-threaded: the event loop's.
+
+It joins the pure parts (runs, results) with the journal writer and wakes streams and callers. It does not execute
+anything; the device loop does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from google.protobuf.duration_pb2 import Duration
+
+from treadle.errors import TreadleError, make_error, to_operation_error
+from treadle.v1 import training_pb2, types_pb2
+from treadle_trainer import operations
+from treadle_trainer.journal_writer import JournalWriter, Written
+from treadle_trainer.operations import PassWork
+from treadle_trainer.results import ResultLog, StoredResult
+from treadle_trainer.runs import (
+    BARRIER,
+    BATCHED,
+    FORWARD_BACKWARD,
+    LOAD_STATE,
+    OPTIM_STEP,
+    WINDOW_BYTES,
+    WINDOW_OPS,
+    Offer,
+    QueuedOp,
+    RunOrder,
+    Verdict,
+)
+
+# Of operations that had finished before a crash, only these changed what a snapshot or the next step holds.
+REPLAYED = frozenset({FORWARD_BACKWARD, OPTIM_STEP, LOAD_STATE})
+_PREPARE_INLINE_BYTES = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The result that the journal already holds for an operation that is being replayed."""
+
+    failed: bool
+    state_digest: bytes
+
+
+@dataclass(slots=True)
+class OpWork:
+    """What an operation carries through the queue."""
+
+    operation: training_pb2.Operation
+    recorded: Recorded | None = None
+    prepared: PassWork | None = None
+
+
+RunOp = QueuedOp[OpWork]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What does not change while a run is resident."""
+
+    name: str
+    tenant: str
+    base: str
+    lora: types_pb2.LoraConfig
+    epoch: int
+    max_context: int
+
+
+class Resident:
+    """One run that this trainer holds the lease of."""
+
+    def __init__(
+        self,
+        facts: RunFacts,
+        order: RunOrder[OpWork],
+        results: ResultLog,
+        *,
+        writer: JournalWriter,
+        prepare: Callable[[training_pb2.Operation], PassWork],
+        wake: Callable[[], None],
+    ) -> None:
+        """Wires a run up; `wake` tells the device loop that there may be something to do."""
+        self.facts, self.order, self.results = facts, order, results
+        self.diverged: TreadleError | None = None
+        self.closed: TreadleError | None = None
+        """Why the run is not here any more; its streams end with it."""
+        self.draining = False
+        """Nothing new is started or accepted."""
+        self.snapshot_seq = order.boundary_seq
+        self.num_streams = 0
+        self.last_used = time.monotonic()
+        self._writer, self._prepare, self._wake = writer, prepare, wake
+        self._told_acked_seq = results.acked_seq
+        self._changed = asyncio.Event()
+        self._preparing: set[asyncio.Task[None]] = set()
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.facts.name
+
+    @property
+    def busy(self) -> bool:
+        """Whether the first operation has started."""
+        head = next(iter(self.order), None)
+        return head is not None and head.started_at is not None
+
+    def credit(self) -> training_pb2.Credit:
+        """Returns what the owner may have in flight now."""
+        return training_pb2.Credit(max_seq=self.results.shown_seq + WINDOW_OPS, max_unfinished_bytes=WINDOW_BYTES)
+
+    def accept(self, operation: training_pb2.Operation, *, hold: bool = False) -> Verdict:
+        """Takes an operation into the order and the journal; raises TreadleError if its seq is not right."""
+        self.check_open()
+        num_bytes = operation.ByteSize()
+        offer = Offer(
+            operation.seq,
+            operations.digest_of(operation),
+            operation.WhichOneof("kind") or "",
+            num_bytes,
+            OpWork(operation),
+            operations.timeout_of(operation),
+        )
+        first = self.order.next_seq
+        verdict = self.order.offer(offer, time.monotonic(), done_seq=self.results.shown_seq, hold=hold)
+        self.last_used = time.monotonic()
+        if verdict is Verdict.NEW:
+            for op in [op for op in self.order if op.seq >= first]:
+                self._writer.append(self.name, op.seq, op.digest, op.work.operation.SerializeToString())
+                self.admit(op)
+            self.announce()
+            self._wake()
+        return verdict
+
+    def admit(self, op: RunOp) -> None:
+        """Decodes what can be decoded before its turn; an operation that cannot run is doomed to say so."""
+        if op.doom is not None or (op.work.recorded is not None and op.kind not in REPLAYED):
+            return
+        if self.diverged is not None:
+            op.doom = self.diverged
+        elif not op.kind:
+            op.doom = make_error("BAD_OPERATION", f"operation {op.seq} has no kind; set forward, optim_step or another")
+        elif op.kind in BATCHED and op.num_bytes <= _PREPARE_INLINE_BYTES:
+            try:
+                op.work.prepared = self._prepare(op.work.operation)
+            except TreadleError as error:
+                op.doom = error
+        elif op.kind in BATCHED:
+            # A long batch would hold up every stream if it were decoded on the event loop.
+            task = asyncio.create_task(self._prepare_aside(op))
+            self._preparing.add(task)
+            task.add_done_callback(self._preparing.discard)
+
+    def cancel(self, from_seq: int) -> list[int]:
+        """Makes operations from `from_seq` on that have not started fail with CANCELLED; returns their seqs."""
+        self.check_open()
+        seqs = self.order.doom(
+            from_seq, lambda op: make_error("CANCELLED", f"operation {op.seq} was cancelled before it started")
+        )
+        self._wake()
+        return seqs
+
+    def conclude(self, op: RunOp, outcome: training_pb2.OperationResult | TreadleError, digest: bytes = b"") -> bool:
+        """Ends the first operation of the order; returns whether the run's gradient must be dropped."""
+        failed = isinstance(outcome, TreadleError)
+        finished = self.order.finish(op.seq, failed=failed)
+        if op.work.recorded is not None:
+            self._compare(op, outcome, digest)
+        else:
+            if isinstance(outcome, TreadleError):
+                result = training_pb2.OperationResult(error=to_operation_error(outcome), failed_seq=op.depends_on)
+            else:
+                result = outcome
+            if op.kind == BARRIER and not failed:
+                result.barrier.num_failed = finished.num_failed
+            self._stamp(op, result)
+            data = result.SerializeToString()
+            self._writer.commit(self.name, op.seq, data, digest)
+            if self.results.put(op.seq, StoredResult(data, failed)):
+                self.announce()
+        self._wake()
+        return finished.drop_gradient
+
+    def written(self, written: Written) -> None:
+        """Learns what has become durable."""
+        self.results.mark_appended(written.appended_seq or 0)
+        self.results.mark_committed(written.committed_seq or 0)
+        self._tell_acked()
+        self.announce()
+
+    def acknowledge(self, seq: int) -> None:
+        """Drops results that a client has received."""
+        self.results.ack(seq)
+        if self.closed is None:
+            self._tell_acked()
+
+    def result(self, seq: int, *, replayed: bool = False) -> training_pb2.OperationResult | None:
+        """Returns a result that may be shown."""
+        stored = self.results.get(seq)
+        if stored is None:
+            return None
+        result = training_pb2.OperationResult.FromString(stored.data)
+        result.replayed = replayed or stored.stored
+        return result
+
+    def diverge(self, message: str) -> None:
+        """Makes the run read-only: whatever has not finished, and whatever comes, fails with DIVERGED."""
+        error = make_error("DIVERGED", message)
+        self.diverged = error
+        for op in self.order:
+            if op.work.recorded is None and op.doom is None and op.started_at is None:
+                op.doom = error
+
+    def close(self, error: TreadleError) -> None:
+        """Ends the run's stay here; streams and waiting calls end with `error`."""
+        self.closed = error
+        for task in self._preparing:
+            task.cancel()
+        self.announce()
+
+    def check_open(self) -> None:
+        """Raises if the run has left or is about to."""
+        if self.closed is not None:
+            raise self.closed
+        if self.draining:
+            raise make_error("DRAINING", "the trainer is handing the run over; connect again and go on", 0.2)
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits until `condition` holds; raises the reason if the run leaves before."""
+        while not condition():
+            if self.closed is not None:
+                raise self.closed
+            await self._changed.wait()
+
+    def changed(self) -> asyncio.Event:
+        """Returns an event that is set at the next change; ask again after each."""
+        return self._changed
+
+    def _tell_acked(self) -> None:
+        """Lets the journal drop what was delivered, or given up because nobody acknowledges."""
+        if self.results.acked_seq > self._told_acked_seq:
+            self._told_acked_seq = self.results.acked_seq
+            self._writer.acknowledge(self.name, self._told_acked_seq)
+
+    def announce(self) -> None:
+        """Wakes whoever waits for a change."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def _prepare_aside(self, op: RunOp) -> None:
+        try:
+            op.work.prepared = await asyncio.to_thread(self._prepare, op.work.operation)
+        except TreadleError as error:
+            op.doom = op.doom or error
+        self._wake()
+
+    def _compare(self, op: RunOp, outcome: training_pb2.OperationResult | TreadleError, digest: bytes) -> None:
+        """Checks a replayed operation against what the journal says it was."""
+        recorded = op.work.recorded
+        if recorded is None or self.diverged is not None:
+            return
+        if isinstance(outcome, TreadleError) and not recorded.failed:
+            self.diverge(f"replaying operation {op.seq} failed where it had succeeded: {outcome.message}")
+        elif digest and recorded.state_digest and digest != recorded.state_digest:
+            self.diverge(
+                f"replaying operation {op.seq} gave the state {digest.hex()}, the journal has "
+                f"{recorded.state_digest.hex()}; the run is read-only, start a new one from its last checkpoint"
+            )
+
+    def _stamp(self, op: RunOp, result: training_pb2.OperationResult) -> None:
+        now = time.monotonic()
+        started = now if op.started_at is None else op.started_at
+        prepared = op.work.prepared
+        ran = now - started if prepared is None else prepared.ran_seconds
+        result.seq = op.seq
+        result.queued.CopyFrom(_duration(started - op.accepted_at))
+        result.ran.CopyFrom(_duration(ran))
+
+
+def _duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(int(max(seconds, 0.0) * 1e9))
+    return message

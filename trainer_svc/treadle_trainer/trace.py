@@ -1,0 +1,44 @@
+"""A ring of the last passes (who shared them, how long they took) and running totals. Knows nothing else."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from treadle.internal.v1 import trainer_pb2
+
+KEPT_PASSES: Final = 1000
+
+
+class PassTrace:
+    """What the device has done lately."""
+
+    def __init__(self) -> None:
+        self.num_passes = 0
+        self.num_shared_passes = 0
+        self.num_tokens = 0
+        self.busy_seconds = 0.0
+        self._ring: deque[trainer_pb2.Pass] = deque(maxlen=KEPT_PASSES)
+
+    def add(self, started: float, took: float, chunks: Sequence[tuple[str, int, int]]) -> None:
+        """Notes a pass that began at `started` (Unix time) with chunks (run, seq, tokens)."""
+        entry = trainer_pb2.Pass()
+        entry.started.FromNanoseconds(int(started * 1e9))
+        entry.took.FromNanoseconds(int(took * 1e9))
+        shares: dict[str, trainer_pb2.PassShare] = {}
+        for run, seq, num_tokens in chunks:
+            share = shares.setdefault(run, trainer_pb2.PassShare(run=run))
+            share.num_tokens += num_tokens
+            if seq not in share.seqs:
+                share.seqs.append(seq)
+            self.num_tokens += num_tokens
+        entry.shares.extend(shares.values())
+        self._ring.append(entry)
+        self.num_passes += 1
+        self.num_shared_passes += len(shares) > 1
+        self.busy_seconds += took
+
+    def last(self, limit: int) -> list[trainer_pb2.Pass]:
+        """Returns the last `limit` passes, newest last."""
+        return list(self._ring)[-limit:]

@@ -1,0 +1,288 @@
+"""The trainer as a whole: which runs are resident, how they come and how they go.
+
+A run comes when somebody wants it (claim, recovery) and goes when it is idle, evicted, taken by another trainer, or
+when the trainer drains. Knows the parts by name and leaves the work to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
+
+from treadle import names
+from treadle.errors import TreadleError, make_error
+from treadle.internal.v1 import workers_pb2
+from treadle.v1 import admin_pb2, types_pb2
+from treadle_engine.base_model import BaseInfo
+from treadle_service.logs import get_logger
+from treadle_trainer.adapters import Adapters
+from treadle_trainer.device import Device
+from treadle_trainer.device_loop import DeviceLoop
+from treadle_trainer.executor import Executor
+from treadle_trainer.journal_client import JournalClient
+from treadle_trainer.journal_writer import JournalWriter, Written
+from treadle_trainer.operations import prepare
+from treadle_trainer.recovery import Recovery
+from treadle_trainer.resident import Resident
+from treadle_trainer.settings import TrainerSettings
+from treadle_trainer.snapshots import Snapshots
+from treadle_trainer.trace import PassTrace
+
+_HAND_OVER_SECONDS: Final = 60.0
+_HOUSEKEEPING_SECONDS: Final = 5.0
+log = get_logger(__name__)
+
+
+class Trainer:
+    """All resident runs on one device; `background` must be entered while it works."""
+
+    def __init__(
+        self, settings: TrainerSettings, executor: Executor, device: Device, store: JournalClient, address: str
+    ) -> None:
+        """Builds the parts; `device` is used here for its immutable facts only."""
+        self.settings, self.info, self.trace = settings, device.info, PassTrace()
+        self.address = address
+        self.draining = False
+        self._executor, self._store = executor, store
+        self._residents: dict[str, Resident] = {}
+        self._loading: dict[str, asyncio.Task[Resident]] = {}
+        self._leaving: dict[str, asyncio.Task[None]] = {}
+        self._loop = DeviceLoop(executor, self.trace, settings.max_tokens_per_pass, self._stepped)
+        self._writer = JournalWriter(store, self._written, self._refused)
+        self.snapshots = Snapshots(executor, self._loop, store, settings.snapshot_every_steps)
+        adapters = Adapters(executor, self._loop, store, self.snapshots)
+        self._recovery = Recovery(
+            executor,
+            store,
+            self._writer,
+            adapters.fetch,
+            lambda operation: prepare(operation, device.info, device.split),
+            self._loop.wake,
+            min(device.info.max_context, settings.max_tokens_per_pass),
+            device.info.name,
+        )
+
+    @property
+    def residents(self) -> list[Resident]:
+        """The runs in memory."""
+        return list(self._residents.values())
+
+    @asynccontextmanager
+    async def background(self, on_crash: Callable[[BaseException], None]) -> AsyncIterator[None]:
+        """Runs the loops; `on_crash` hears of one that ended, which only a fault can make it."""
+        works = (self._loop.run_forever, self._writer.run_forever, self._keep_leases, self._send_heartbeats, self._tidy)
+        tasks = [asyncio.create_task(_watched(work, on_crash)) for work in works]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def open(self, name: str, tenant: str) -> Resident:
+        """Returns a run of `tenant`, claimed and recovered if need be; RUN_NOT_FOUND, LEASE_HELD, DRAINING."""
+        if names.parse_run(name).tenant != tenant:
+            raise make_error("RUN_NOT_FOUND", f"there is no run {name!r}")
+        leaving = self._leaving.get(name)
+        if leaving is not None:
+            await asyncio.shield(leaving)
+        resident = self._residents.get(name)
+        if resident is not None and resident.closed is None:
+            resident.last_used = time.monotonic()
+            return resident
+        if self.draining:
+            raise make_error("DRAINING", "this trainer is about to stop; connect again", 0.2)
+        task = self._loading.get(name)
+        if task is None:
+            task = self._loading[name] = asyncio.create_task(self._load(name))
+            task.add_done_callback(lambda _: self._loading.pop(name, None))
+        # One caller going away must not stop the others' recovery.
+        return await asyncio.shield(task)
+
+    async def read_result(self, name: str, seq: int) -> bytes:
+        """Returns a result that is no longer in memory; OPERATION_NOT_FOUND, RESULT_GONE."""
+        return await self._store.read_result(name, seq)
+
+    async def evict(self, name: str, error: TreadleError | None = None) -> None:
+        """Snapshots a run, gives its lease back and drops it; does nothing for one that is not here."""
+        resident = self._residents.get(name)
+        if resident is None:
+            return
+        if name not in self._leaving:
+            reason = error or make_error(
+                "WORKER_LOST", f"{name} moves to another trainer; connect again and go on", 0.2
+            )
+            task = self._leaving[name] = asyncio.create_task(self._hand_over(resident, reason))
+            task.add_done_callback(lambda _: self._leaving.pop(name, None))
+        await asyncio.shield(self._leaving[name])
+
+    async def drain(self) -> None:
+        """Hands all runs over: finishes what runs, snapshots, releases, and tells the store that this worker goes."""
+        self.draining = True
+        error = make_error("DRAINING", "the trainer is about to stop; connect again and go on", 0.2)
+        await asyncio.gather(*(self.evict(name, error) for name in list(self._residents)))
+        with suppress(TreadleError):
+            await self._store.unregister(self.settings.worker)
+
+    async def announce(self) -> None:
+        """Sends one heartbeat; raises if the store cannot be reached."""
+        info, period = self.info, self.settings.lease_seconds / 3
+        request = workers_pb2.HeartbeatRequest(
+            worker=admin_pb2.Worker(
+                worker=self.settings.worker,
+                kind=admin_pb2.WORKER_KIND_TRAINER,
+                base=info.name,
+                address=self.address,
+                num_resident=len(self._residents),
+                queue_depth=self.queue_depth,
+                draining=self.draining,
+            ),
+            base=_describe(info),
+        )
+        request.worker.last_seen.GetCurrentTime()
+        request.ttl.FromNanoseconds(int(3 * period * 1e9))
+        await self._store.heartbeat(request)
+
+    @property
+    def queue_depth(self) -> int:
+        """Operations that wait or run, over all runs."""
+        return sum(len(resident.order) for resident in self._residents.values())
+
+    async def _load(self, name: str) -> Resident:
+        await self._make_room()
+        claim = await self._store.claim(name, self.settings.worker, self.address, self.settings.lease_seconds)
+        try:
+            resident = await self._recovery.load(name, claim)
+        except TreadleError:
+            # Somebody else may be able to; nobody must wait for the lease to expire.
+            with suppress(TreadleError):
+                await self._store.release(name, claim.lease.epoch)
+            raise
+        self._residents[name] = resident
+        self._loop.add(resident)
+        if claim.from_adapter and resident.order.done_seq == 0 and resident.snapshot_seq == 0:
+            # The adapter may be deleted later; the run must not need it again.
+            self.snapshots.request(resident)
+        return resident
+
+    async def _hand_over(self, resident: Resident, error: TreadleError) -> None:
+        resident.draining = True
+        resident.announce()
+        try:
+            async with asyncio.timeout(_HAND_OVER_SECONDS):
+                await resident.wait_until(lambda: not resident.busy)
+                if resident.order.boundary_seq > resident.snapshot_seq:
+                    await self.snapshots.request(resident)
+                await self._writer.flush(resident.name)
+        except TimeoutError:
+            log.warning("hand_over_slow", run=resident.name)
+        except TreadleError as lost:
+            log.warning("hand_over_failed", run=resident.name, reason=lost.reason)
+        await self._close(resident, error)
+        with suppress(TreadleError):
+            await self._store.release(resident.name, resident.facts.epoch)
+        log.info("run_left", run=resident.name, epoch=resident.facts.epoch, reason=error.reason)
+
+    async def _close(self, resident: Resident, error: TreadleError) -> None:
+        """Drops a run from memory; what it had not written stays unwritten."""
+        if resident.closed is not None:
+            return
+        resident.close(error)
+        self._writer.close(resident.name)
+        self._loop.remove(resident.name)
+        if self._residents.get(resident.name) is resident:
+            del self._residents[resident.name]
+        await self._executor.call(Device.drop, resident.name)
+
+    def _lose(self, resident: Resident, reason: str) -> None:
+        """Another worker has the run, or it is gone: nothing of it may be used any more."""
+        log.warning("run_lost", run=resident.name, epoch=resident.facts.epoch, reason=reason)
+        if reason == "RUN_NOT_FOUND":
+            error = make_error("RUN_NOT_FOUND", f"{resident.name} was deleted")
+        else:
+            error = make_error(
+                "WORKER_LOST", f"{resident.name} is on another trainer now; connect again and go on", 0.2
+            )
+        if resident.name not in self._leaving:
+            task = self._leaving[resident.name] = asyncio.create_task(self._close(resident, error))
+            task.add_done_callback(lambda _: self._leaving.pop(resident.name, None))
+
+    def _written(self, written: Written) -> None:
+        resident = self._residents.get(written.run)
+        if resident is not None:
+            resident.written(written)
+
+    def _refused(self, run: str, error: types_pb2.OperationError) -> None:
+        resident = self._residents.get(run)
+        if resident is not None:
+            self._lose(resident, error.reason)
+
+    def _stepped(self, resident: Resident, step: int) -> None:
+        self.snapshots.after_step(resident, step)
+
+    async def _keep_leases(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.lease_seconds / 3)
+            asked = {name: resident.facts.epoch for name, resident in self._residents.items()}
+            try:
+                held = await self._store.renew(self.settings.worker, self.settings.lease_seconds)
+            except TreadleError as error:
+                log.warning("renewal_failed", reason=error.reason, message=error.message)
+                continue
+            for name, epoch in asked.items():
+                resident = self._residents.get(name)
+                if resident is not None and resident.facts.epoch == epoch and held.get(name) != epoch:
+                    self._lose(resident, "STALE_LEASE")
+
+    async def _send_heartbeats(self) -> None:
+        while True:
+            try:
+                await self.announce()
+            except TreadleError as error:
+                log.warning("heartbeat_failed", reason=error.reason, message=error.message)
+            await asyncio.sleep(self.settings.lease_seconds / 3)
+
+    async def _tidy(self) -> None:
+        """Hands back runs that nobody has used for a while."""
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_SECONDS)
+            for resident in self._idle(self.settings.idle_seconds):
+                await self.evict(resident.name)
+
+    async def _make_room(self) -> None:
+        idle = self._idle(0.0)
+        for resident in idle[: max(0, len(self._residents) + 1 - self.settings.max_resident_runs)]:
+            await self.evict(resident.name)
+
+    def _idle(self, seconds: float) -> list[Resident]:
+        """Returns runs without stream and work for so long, the longest idle first."""
+        until = time.monotonic() - seconds
+        idle = [run for run in self.residents if not run.num_streams and not len(run.order) and run.last_used <= until]
+        return sorted(idle, key=lambda run: run.last_used)
+
+
+async def _watched(work: Callable[[], Coroutine[Any, Any, None]], on_crash: Callable[[BaseException], None]) -> None:
+    try:
+        await work()
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:
+        # A background loop's outermost guard: without it the process would live on as an empty shell.
+        log.exception("background_loop_failed", exc_info=error)
+        on_crash(error)
+
+
+def _describe(info: BaseInfo) -> admin_pb2.BaseModel:
+    return admin_pb2.BaseModel(
+        name=info.name,
+        max_context=info.max_context,
+        vocab_size=info.vocab_size,
+        dtype=info.dtype,
+        trainable=True,
+        tokenizer=info.path,
+        num_parameters=info.num_parameters,
+        eos_token_ids=info.eos_token_ids,
+    )
