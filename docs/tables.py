@@ -14,7 +14,7 @@ from treadle.errors import CATALOGUE
 from treadle_service.settings import ServiceSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-ROLES = {"gateway": "GatewaySettings", "trainer": "TrainerSettings", "sampler": "SamplerSettings", "store": "StoreSettings"}
+ROLES = ("gateway", "trainer", "sampler", "store")
 
 
 def error_table() -> str:
@@ -31,8 +31,8 @@ def settings_table() -> str:
     shared = ServiceSettings.model_fields
     for name, field in shared.items():
         rows.append(_row("TREADLE_<ROLE>_", name, field))
-    for role, class_name in ROLES.items():
-        settings = getattr(importlib.import_module(f"treadle_{role}.settings"), class_name)
+    for role in ROLES:
+        settings = getattr(importlib.import_module(f"treadle_{role}.settings"), f"{role.title()}Settings")
         for name, field in settings.model_fields.items():
             if name not in shared:
                 rows.append(_row(f"TREADLE_{role.upper()}_", name, field))

@@ -156,7 +156,8 @@ def print_seen(console: Console, seen: DemoSeen, seconds: float) -> None:
     console.print(table)
     console.print(
         f"Seen in {seconds:.0f} s: on one {seen.base}, ada's adapter went from {sft.right_before:.0%} to "
-        f"{sft.right_after:.0%} held-out answers in the trained manner while grace's reward rose {seen.factor:.1f}-fold "
-        f"({rl.rewards[0]:.2f} to {sum(rl.rewards[-3:]) / 3:.2f}); plain transformers + peft gave {export.num_equal} of "
-        f"{export.num_asked} answers exactly as the service did, from the adapter exported to {export.folder}."
+        f"{sft.right_after:.0%} held-out answers in the trained manner while grace's held-out reward rose "
+        f"{seen.factor:.1f}-fold ({rl.reward_before:.2f} to {rl.reward_after:.2f}); plain transformers + peft gave "
+        f"{export.num_equal} of {export.num_asked} answers exactly as the service did, from the adapter that was "
+        f"exported to {export.folder}."
     )

@@ -89,8 +89,9 @@ class DemoSeen:
 
     @property
     def factor(self) -> float:
-        """By how much the mean reward of a step rose, from the first to the mean of the last three."""
-        return fmean(self.rl.rewards[-3:]) / max(self.rl.rewards[0], 1e-9)
+        """By how much the mean reward over the held-out questions rose; one sample's worth stands for zero."""
+        least = 1.0 / (RL_EVALUATION_SAMPLES * len(self.rl.samples))
+        return self.rl.reward_after / max(self.rl.reward_before, least)
 
     def digest(self) -> str:
         """Returns a sha256 over all losses and rewards: equal for two demos that went bit for bit alike."""

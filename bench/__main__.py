@@ -1,0 +1,33 @@
+"""`python -m bench NAME [options]`: runs one benchmark; prints a table, or JSON with --json."""
+
+import argparse
+import importlib
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+NAMES = ("foundation",)
+
+
+def main() -> None:
+    """Runs the benchmark that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    known, rest = parser.parse_known_args()
+    module = importlib.import_module(f"bench.{known.name}")
+    options = argparse.ArgumentParser(prog=f"python -m bench {known.name}")
+    module.add_options(options)
+    rows = module.run(options.parse_args(rest))
+    if known.json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table("figure", "value", title=f"bench {known.name}")
+    for row in rows:
+        table.add_row(row["figure"], row["value"])
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
