@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from tests.support.cluster import ROLES, Cluster
+from tests.support.proxy import TroubleProxy
 from treadle import AdamParams, Datum, ModelInput, ServiceClient, TensorData, TrainingClient
 from treadle_engine.base_model import BaseModel
 from treadle_engine.bases import resolve

@@ -1,5 +1,4 @@
 """AdapterService: lists, reads, writes and deletes the saved adapters of the calling tenant."""
-# ruff: noqa: N802  Methods are called as in the proto.
 
 from collections.abc import AsyncIterator
 from functools import partial

@@ -1,5 +1,4 @@
 """AdminService: translates calls to tenants, keys and the worker registry. All but GetCapabilities need `admin`."""
-# ruff: noqa: N802  Methods are called as in the proto.
 
 from functools import partial
 from importlib.metadata import version

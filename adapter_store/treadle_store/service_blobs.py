@@ -1,5 +1,4 @@
 """BlobService: translates streams of frames to blobs and back."""
-# ruff: noqa: N802  Methods are called as in the proto.
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -2,7 +2,6 @@
 
 Each call that names a run is for that run's tenant or for a service that acts for itself.
 """
-# ruff: noqa: N802  Methods are called as in the proto.
 
 from collections.abc import AsyncIterator, Callable
 from functools import partial

@@ -1,5 +1,4 @@
 """WorkerService and IdentityService: translate calls to the worker registry and to the keys."""
-# ruff: noqa: N802  Methods are called as in the proto.
 
 from functools import partial
 from typing import Final

@@ -35,7 +35,7 @@ class WirePeer(training_pb2_grpc.TrainingServiceServicer):
         training_pb2_grpc.add_TrainingServiceServicer_to_server(self, self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
 
-    async def StreamOperations(self, request_iterator, context):  # noqa: N802
+    async def StreamOperations(self, request_iterator, context):
         """Welcome, then a result per operation."""
         self.metadata = dict(context.invocation_metadata())
         async for frame in request_iterator:
@@ -50,7 +50,7 @@ class WirePeer(training_pb2_grpc.TrainingServiceServicer):
                 result = training_pb2.OperationResult(seq=frame.operation.seq)
                 yield training_pb2.StreamOperationsResponse(result=result)
 
-    async def SubmitOperation(self, request, context):  # noqa: N802
+    async def SubmitOperation(self, request, context):
         """Accepts."""
         self.metadata = dict(context.invocation_metadata())
         if request.operation.seq == self.refuse_seq:
