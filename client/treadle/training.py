@@ -3,7 +3,7 @@
 Turns calls into operations and results into values; ordering, resending and acknowledging are the stream's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -131,6 +131,14 @@ class TrainingClient:
     def get_tokenizer(self) -> Any:  # The type is transformers', which need not be installed.
         """Returns the base's tokenizer; needs the package transformers."""
         return load_tokenizer(self._tokenizer_id or self._info.base)
+
+    def result(self, timeout: float | None = None) -> "TrainingClient":
+        """Returns this client, which is there already: Tinker's programs wait for it."""
+        return self
+
+    def __await__(self) -> Generator[object, None, "TrainingClient"]:
+        return self
+        yield  # A generator that ends at once.
 
     def close(self, wait_seconds: float = 30.0) -> None:
         """Waits for outstanding results, at most so long, and ends the stream."""

@@ -124,7 +124,7 @@ class Decoder:
         parts = self._choose_parts()
         events: list[DecodeEvent] = []
         self._samples = _by_adapter(self._samples)
-        finished = [prompt for prompt, count in parts if _start(prompt) + count == prompt.length]
+        finished = [prompt for prompt, count in parts if _start(prompt) + count == prompt.num_rows]
         logits_NV = self._run(parts, finished) if parts or self._samples else None
         for prompt in finished:
             self._filling.remove(prompt)
@@ -155,7 +155,7 @@ class Decoder:
         left = PREFILL_PART
         for prompt in self._filling:
             # Cut by the prompt's own length: its numbers must not depend on what else fits into the step.
-            count = min(PREFILL_PART, prompt.length - _start(prompt))
+            count = min(PREFILL_PART, prompt.num_rows - _start(prompt))
             if count > left:
                 break
             chosen.append((prompt, count))

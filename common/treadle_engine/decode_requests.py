@@ -90,6 +90,14 @@ class Prompt:
         return int(self.request.prompt_T.shape[0])
 
     @property
+    def num_rows(self) -> int:
+        """Tokens that the base has to read: the last one of a text that is only scored predicts nothing asked for.
+
+        So a scored text has the very rows that a trainer's forward over it has, and the same bits.
+        """
+        return self.length if self.request.num_samples else max(1, self.length - 1)
+
+    @property
     def num_claims(self) -> int:
         """Places that the request needs in all."""
         return max(1, self.request.num_samples)
@@ -113,7 +121,7 @@ class Sample:
 
 
 class WaitingLine:
-    """Requests with samples that have no place yet; the owner with the fewest places goes first, the oldest of equals."""
+    """Requests with samples that have no place yet; the owner with the fewest places goes first."""
 
     def __init__(self) -> None:
         """Start empty."""

@@ -52,6 +52,9 @@ class InternalAuthInterceptor(WrappingInterceptor):
     """Lets in only callers that know the deployment's internal token, and takes the principal from them."""
 
     def __init__(self, token: str) -> None:
+        """Raises ValueError for an empty token: it would let everybody in."""
+        if not token:
+            raise ValueError("set the internal token, the secret that all services of a deployment share")
         self._expected = f"Bearer {token}".encode()
 
     async def before(self, details: grpc.HandlerCallDetails) -> None:

@@ -119,7 +119,6 @@ class Device:
         state = self._states[run]
         dtype = torch.float32 if with_optimizer else self._base.dtype
         files = to_files(self._base, state.weights, dtype)
-        files[CONFIG_FILE] = _in_order(files[CONFIG_FILE])
         if with_optimizer:
             moments = {name: value for name, value in snapshot(state).items() if name != "weights"}
             files[OPTIMIZER_FILE] = save_tensors(moments)
@@ -153,15 +152,6 @@ def load_device(path: str, name: str, *, dtype: str, device: str, threads: int, 
 def count_failed(data: bytes) -> int:
     """Returns the failures that a StateCopy recorded: those that no barrier had reported yet."""
     return int(_parse(data)["num_failed"])
-
-
-def _in_order(config: bytes) -> bytes:
-    """Sorts what PEFT writes in an order of the process's own: an adapter must be the same bytes after a crash."""
-    settings = json.loads(config)
-    for key, value in settings.items():
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            settings[key] = sorted(value)
-    return json.dumps(settings, indent=2, sort_keys=True).encode()
 
 
 def _shape(config: LoraConfig) -> str:
