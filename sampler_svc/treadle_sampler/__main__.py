@@ -1,0 +1,101 @@
+"""`treadle-sampler`: builds the sampler from its settings and serves it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import grpc
+
+from treadle.errors import TreadleError
+from treadle.internal.v1 import sampler_pb2, sampler_pb2_grpc
+from treadle.v1 import sampling_pb2, sampling_pb2_grpc
+from treadle_engine import bases
+from treadle_engine.decode import Decoder
+from treadle_engine.decode_base import DecodeBase
+from treadle_engine.determinism import settle
+from treadle_engine.stops import load_detokenizer
+from treadle_sampler.engine_loop import EngineLoop
+from treadle_sampler.sampler import Sampler
+from treadle_sampler.service import SamplerServicer, SamplerSlot, SamplingServicer
+from treadle_sampler.settings import SamplerSettings
+from treadle_sampler.store_client import StoreClient
+from treadle_service.interceptors import InternalAuthInterceptor
+from treadle_service.logs import get_logger
+from treadle_service.server import ServiceHost, run_service
+
+log = get_logger(__name__)
+_RETRY_SECONDS = 0.3
+
+
+def interceptors(settings: SamplerSettings) -> Sequence[grpc.aio.ServerInterceptor]:
+    """Returns what stands before the servicers: only the services of the deployment may call."""
+    return (InternalAuthInterceptor(settings.internal_token.get_secret_value()),)
+
+
+@asynccontextmanager
+async def build(host: ServiceHost, settings: SamplerSettings) -> AsyncIterator[None]:
+    """Loads the base, serves, and registers with the store."""
+    engine = EngineLoop(settings.max_requests)
+    store = StoreClient(settings.store_address, settings.internal_token.get_secret_value())
+    try:
+        slot = SamplerSlot()
+        sampling_pb2_grpc.add_SamplingServiceServicer_to_server(SamplingServicer(slot), host.server)
+        sampler_pb2_grpc.add_SamplerServiceServicer_to_server(SamplerServicer(slot), host.server)
+        host.add_service(sampling_pb2.DESCRIPTOR.services_by_name["SamplingService"].full_name)
+        host.add_service(sampler_pb2.DESCRIPTOR.services_by_name["SamplerService"].full_name)
+        await host.start()
+        base = await engine.start(_loader(settings))
+        sampler = Sampler(settings, engine, base, store, host.advertised)
+        await _reach_store(sampler)
+        host.on_drain(sampler.drain)
+        announcing = asyncio.create_task(sampler.keep_announcing())
+        try:
+            slot.fill(sampler)
+            await host.set_ready(True)
+            yield
+        finally:
+            announcing.cancel()
+            await asyncio.wait([announcing])
+    finally:
+        await engine.stop()
+        await store.close()
+
+
+def _loader(settings: SamplerSettings) -> Callable[[], tuple[DecodeBase, Decoder]]:
+    def load() -> tuple[DecodeBase, Decoder]:
+        settle(settings.threads)
+        dtype = "float32" if settings.dtype == "auto" else settings.dtype
+        path, name = bases.resolve(settings.base, settings.cache_dir.expanduser(), dtype)
+        base = DecodeBase.load(path, name=settings.base_name or name, dtype=settings.dtype, device=settings.device)
+        decoder = Decoder(
+            base,
+            load_detokenizer(path),
+            max_sequences=settings.max_sequences,
+            max_cache_tokens=settings.max_cache_tokens,
+        )
+        return base, decoder
+
+    return load
+
+
+async def _reach_store(sampler: Sampler) -> None:
+    """Waits until the store knows this worker."""
+    while True:
+        try:
+            await sampler.announce()
+        except TreadleError as error:
+            log.warning("store_away", reason=error.reason, message=error.message)
+            await asyncio.sleep(_RETRY_SECONDS)
+        else:
+            return
+
+
+def main() -> None:
+    """Runs a sampler until SIGTERM."""
+    run_service("sampler", SamplerSettings, build, interceptors)
+
+
+if __name__ == "__main__":
+    main()
