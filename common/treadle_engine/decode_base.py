@@ -30,7 +30,9 @@ class PaddedSegments(list[Segment]):
         small = [segment for segment in segments if segment.stop - segment.start < ROW_MULTIPLE]
         self.large = [segment for segment in segments if segment.stop - segment.start >= ROW_MULTIPLE]
         self.small = small
-        rows, padded, places = [], [], []
+        rows: list[int] = []
+        padded: list[int] = []
+        places: list[int] = []
         for block, segment in enumerate(small):
             count = segment.stop - segment.start
             own = range(segment.start, segment.stop)
@@ -56,7 +58,8 @@ class PaddedLinear(SegmentedLinear):
         if padded.small:
             # The base's part goes into the padded addmm too: a product that is added later would round differently.
             y_PO = y_MO.index_select(0, padded.rows_P)
-            blocks_x, blocks_y = x_MI.index_select(0, padded.rows_P).split(ROW_MULTIPLE), y_PO.split(ROW_MULTIPLE)
+            blocks_x = torch.split(x_MI.index_select(0, padded.rows_P), ROW_MULTIPLE)
+            blocks_y = torch.split(y_PO, ROW_MULTIPLE)
             for segment, x_BI, y_BO in zip(padded.small, blocks_x, blocks_y, strict=True):
                 self._add(segment, x_BI, y_BO)
             y_MO.index_copy_(0, padded.rows_N, y_PO.index_select(0, padded.places_N))

@@ -21,7 +21,7 @@ def complete(base: str, adapter: str, prompts: list[list[int]], max_tokens: int,
     for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            output = adapted.generate(
+            output = adapted.generate(  # type: ignore[no-untyped-call]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_tokens,

@@ -104,7 +104,7 @@ def _config_file(base: BaseModel, config: LoraConfig) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         written.save_pretrained(folder)
         settings = json.loads((Path(folder) / CONFIG_FILE).read_text())
-    # PEFT keeps the modules in a set, whose order is the process's own; an adapter must be the same bytes after a crash.
+    # PEFT writes a set, in an order of the process's own; an adapter must be the same bytes after a crash.
     settings["target_modules"] = sorted(settings["target_modules"])
     return json.dumps(settings, indent=2, sort_keys=True).encode()
 

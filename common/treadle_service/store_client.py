@@ -44,11 +44,11 @@ class StoreClient:
         await self._channel.close()
         await self._blob_channel.close()
 
-    async def lookup_adapter(self, name: str) -> adapters_pb2.Adapter:
-        """Returns a saved adapter; ADAPTER_NOT_FOUND."""
+    async def lookup_adapter(self, name: str, *, tries: int = 8) -> adapters_pb2.Adapter:
+        """Returns a saved adapter; ADAPTER_NOT_FOUND, or UNAVAILABLE when the store stayed away over all tries."""
         request = journal_pb2.LookupAdapterRequest(name=name)
         response: journal_pb2.LookupAdapterResponse = await self._retried(
-            lambda: self._unary(self._journal.LookupAdapter, request)
+            lambda: self._unary(self._journal.LookupAdapter, request), tries
         )
         return response.adapter
 

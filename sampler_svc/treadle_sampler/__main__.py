@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from treadle.errors import TreadleError
 from treadle.internal.v1 import sampler_pb2, sampler_pb2_grpc
 from treadle.v1 import sampling_pb2, sampling_pb2_grpc
 from treadle_engine import bases
@@ -20,13 +19,9 @@ from treadle_sampler.engine_loop import EngineLoop
 from treadle_sampler.sampler import Sampler
 from treadle_sampler.service import SamplerServicer, SamplerSlot, SamplingServicer
 from treadle_sampler.settings import SamplerSettings
-from treadle_sampler.store_client import StoreClient
 from treadle_service.interceptors import InternalAuthInterceptor
-from treadle_service.logs import get_logger
 from treadle_service.server import ServiceHost, run_service
-
-log = get_logger(__name__)
-_RETRY_SECONDS = 0.3
+from treadle_service.store_client import StoreClient
 
 
 def interceptors(settings: SamplerSettings) -> Sequence[grpc.aio.ServerInterceptor]:
@@ -48,9 +43,9 @@ async def build(host: ServiceHost, settings: SamplerSettings) -> AsyncIterator[N
         await host.start()
         base = await engine.start(_loader(settings))
         sampler = Sampler(settings, engine, base, store, host.advertised)
-        await _reach_store(sampler)
+        await sampler.registration.reach()
         host.on_drain(sampler.drain)
-        announcing = asyncio.create_task(sampler.keep_announcing())
+        announcing = asyncio.create_task(sampler.registration.run_forever())
         try:
             slot.fill(sampler)
             await host.set_ready(True)
@@ -78,18 +73,6 @@ def _loader(settings: SamplerSettings) -> Callable[[], tuple[DecodeBase, Decoder
         return base, decoder
 
     return load
-
-
-async def _reach_store(sampler: Sampler) -> None:
-    """Waits until the store knows this worker."""
-    while True:
-        try:
-            await sampler.announce()
-        except TreadleError as error:
-            log.warning("store_away", reason=error.reason, message=error.message)
-            await asyncio.sleep(_RETRY_SECONDS)
-        else:
-            return
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from treadle.errors import TreadleError, make_error
-from treadle.internal.v1 import workers_pb2
 from treadle.names import is_adapter, parse_adapter
 from treadle.v1 import adapters_pb2, admin_pb2
 from treadle_engine.base_model import BaseInfo
@@ -24,12 +23,12 @@ from treadle_engine.peft_format import CONFIG_FILE, WEIGHTS_FILE, from_files
 from treadle_sampler.adapter_cache import AdapterCache
 from treadle_sampler.engine_loop import EngineLoop
 from treadle_sampler.settings import SamplerSettings
-from treadle_sampler.store_client import StoreClient
 from treadle_service.logs import get_logger
 from treadle_service.principal import INTERNAL_SCOPE, Principal
+from treadle_service.registration import Registration
+from treadle_service.store_client import StoreClient
 
 log = get_logger(__name__)
-_TTL_PERIODS = 3
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class StoreSource:
         started = time.monotonic()
         adapter = await self._lookup(name)
         wanted = [file for file in adapter.files if file.path in (CONFIG_FILE, WEIGHTS_FILE)]
-        contents = await asyncio.gather(*(self.store.fetch(file) for file in wanted))
+        contents = await asyncio.gather(*(self.store.get_blob(file.sha256) for file in wanted))
         files = {file.path: content for file, content in zip(wanted, contents, strict=True)}
         weights = await self.engine.call(lambda: from_files(self.base, files))
         log.info("revision_loaded", revision=name, num_bytes=weights.num_bytes, seconds=time.monotonic() - started)
@@ -58,7 +57,8 @@ class StoreSource:
 
     async def _lookup(self, name: str) -> adapters_pb2.Adapter:
         try:
-            adapter = await self.store.lookup(name)
+            # Asked once: what is in memory goes on serving at once while the store is away.
+            adapter = await self.store.lookup_adapter(name, tries=1)
         except TreadleError as error:
             if error.reason == "ADAPTER_NOT_FOUND":
                 raise model_not_found(name, self.base.info.name) from error
@@ -77,9 +77,8 @@ class Sampler:
         self.engine = engine
         self.draining = False
         self._info: BaseInfo = base.info
-        self._settings = settings
-        self._store = store
-        self._address = address
+        worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_SAMPLER, address=address)
+        self.registration = Registration(store, worker, base.info, settings.heartbeat_seconds, self._load_now)
         self.cache: AdapterCache[AdapterWeights] = AdapterCache(
             StoreSource(store, engine, base),
             time.monotonic,
@@ -121,47 +120,10 @@ class Sampler:
     async def drain(self) -> None:
         """Takes no new work, and tells the store."""
         self.draining = True
-        try:
-            await self._store.unregister(self._settings.worker)
-        except TreadleError as error:
-            log.warning("store_away", reason=error.reason, message=error.message)
+        await self.registration.end()
 
-    async def announce(self) -> None:
-        """Sends one sign of life; raises if the store cannot be reached."""
-        info, settings = self._info, self._settings
-        request = workers_pb2.HeartbeatRequest(
-            worker=admin_pb2.Worker(
-                worker=settings.worker,
-                kind=admin_pb2.WORKER_KIND_SAMPLER,
-                base=info.name,
-                address=self._address,
-                num_resident=len(self.cache.names),
-                queue_depth=self.engine.num_requests,
-                draining=self.draining,
-            ),
-            base=admin_pb2.BaseModel(
-                name=info.name,
-                max_context=info.max_context,
-                vocab_size=info.vocab_size,
-                dtype=info.dtype,
-                sampleable=True,
-                tokenizer=info.path,
-                num_parameters=info.num_parameters,
-                eos_token_ids=info.eos_token_ids,
-            ),
-        )
-        request.worker.last_seen.GetCurrentTime()
-        request.ttl.FromNanoseconds(int(_TTL_PERIODS * settings.heartbeat_seconds * 1e9))
-        await self._store.heartbeat(request)
-
-    async def keep_announcing(self) -> None:
-        """Sends signs of life until cancelled or drained."""
-        while not self.draining:
-            try:
-                await self.announce()
-            except TreadleError as error:
-                log.warning("store_away", reason=error.reason, message=error.message)
-            await asyncio.sleep(self._settings.heartbeat_seconds)
+    def _load_now(self) -> tuple[int, int, bool]:
+        return len(self.cache.names), self.engine.num_requests, self.draining
 
 
 def model_not_found(name: str, base: str) -> TreadleError:

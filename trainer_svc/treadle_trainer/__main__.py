@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
 
-from treadle.errors import TreadleError
 from treadle.internal.v1 import trainer_pb2, trainer_pb2_grpc
 from treadle.v1 import training_pb2, training_pb2_grpc
 from treadle_engine import bases
 from treadle_service.interceptors import InternalAuthInterceptor
-from treadle_service.logs import get_logger
 from treadle_service.server import ServiceHost, run_service
 from treadle_trainer.device import Device, load_device
 from treadle_trainer.executor import Executor
@@ -22,9 +19,6 @@ from treadle_trainer.journal_client import JournalClient
 from treadle_trainer.service import TrainerServicer, TrainerSlot, TrainingServicer
 from treadle_trainer.settings import TrainerSettings
 from treadle_trainer.trainer import Trainer
-
-log = get_logger(__name__)
-_RETRY_SECONDS = 0.3
 
 
 def interceptors(settings: TrainerSettings) -> Sequence[grpc.aio.ServerInterceptor]:
@@ -46,7 +40,7 @@ async def build(host: ServiceHost, settings: TrainerSettings) -> AsyncIterator[N
         await host.start()
         device = await executor.start(_loader(settings))
         trainer = Trainer(settings, executor, device, store, host.advertised)
-        await _reach_store(trainer)
+        await trainer.registration.reach()
         async with trainer.background(lambda _: signal.raise_signal(signal.SIGTERM)):
             slot.fill(trainer)
             host.on_drain(trainer.drain)
@@ -71,18 +65,6 @@ def _loader(settings: TrainerSettings) -> Callable[[], Device]:
         )
 
     return load
-
-
-async def _reach_store(trainer: Trainer) -> None:
-    """Waits until the store knows this worker."""
-    while True:
-        try:
-            await trainer.announce()
-        except TreadleError as error:
-            log.warning("store_away", reason=error.reason, message=error.message)
-            await asyncio.sleep(_RETRY_SECONDS)
-        else:
-            return
 
 
 def main() -> None:

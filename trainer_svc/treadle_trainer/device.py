@@ -6,7 +6,6 @@ the order of operations, tenants, the journal or the wire.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -24,7 +23,7 @@ from treadle_engine.lora import AdapterWeights, LoraConfig
 from treadle_engine.losses import LossSpec
 from treadle_engine.optim import AdamParams, TrainState, optim_step, restore, snapshot
 from treadle_engine.passes import Chunk, ChunkResult, TrainingEngine
-from treadle_engine.peft_format import CONFIG_FILE, from_files, to_files
+from treadle_engine.peft_format import from_files, to_files
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 

@@ -14,10 +14,9 @@ from typing import Any, Final
 
 from treadle import names
 from treadle.errors import TreadleError, make_error
-from treadle.internal.v1 import workers_pb2
 from treadle.v1 import admin_pb2, types_pb2
-from treadle_engine.base_model import BaseInfo
 from treadle_service.logs import get_logger
+from treadle_service.registration import Registration
 from treadle_trainer.adapters import Adapters
 from treadle_trainer.device import Device
 from treadle_trainer.device_loop import DeviceLoop
@@ -50,6 +49,8 @@ class Trainer:
         self._residents: dict[str, Resident] = {}
         self._loading: dict[str, asyncio.Task[Resident]] = {}
         self._leaving: dict[str, asyncio.Task[None]] = {}
+        worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_TRAINER, address=address)
+        self.registration = Registration(store, worker, self.info, settings.lease_seconds / 3, self._load_now)
         self._loop = DeviceLoop(executor, self.trace, settings.max_tokens_per_pass, self._stepped)
         self._writer = JournalWriter(store, self._written, self._refused)
         self.snapshots = Snapshots(executor, self._loop, store, settings.snapshot_every_steps)
@@ -73,7 +74,13 @@ class Trainer:
     @asynccontextmanager
     async def background(self, on_crash: Callable[[BaseException], None]) -> AsyncIterator[None]:
         """Runs the loops; `on_crash` hears of one that ended, which only a fault can make it."""
-        works = (self._loop.run_forever, self._writer.run_forever, self._keep_leases, self._send_heartbeats, self._tidy)
+        works = (
+            self._loop.run_forever,
+            self._writer.run_forever,
+            self._keep_leases,
+            self._tidy,
+            self.registration.run_forever,
+        )
         tasks = [asyncio.create_task(_watched(work, on_crash)) for work in works]
         try:
             yield
@@ -124,32 +131,15 @@ class Trainer:
         self.draining = True
         error = make_error("DRAINING", "the trainer is about to stop; connect again and go on", 0.2)
         await asyncio.gather(*(self.evict(name, error) for name in list(self._residents)))
-        with suppress(TreadleError):
-            await self._store.unregister(self.settings.worker)
-
-    async def announce(self) -> None:
-        """Sends one heartbeat; raises if the store cannot be reached."""
-        info, period = self.info, self.settings.lease_seconds / 3
-        request = workers_pb2.HeartbeatRequest(
-            worker=admin_pb2.Worker(
-                worker=self.settings.worker,
-                kind=admin_pb2.WORKER_KIND_TRAINER,
-                base=info.name,
-                address=self.address,
-                num_resident=len(self._residents),
-                queue_depth=self.queue_depth,
-                draining=self.draining,
-            ),
-            base=_describe(info),
-        )
-        request.worker.last_seen.GetCurrentTime()
-        request.ttl.FromNanoseconds(int(3 * period * 1e9))
-        await self._store.heartbeat(request)
+        await self.registration.end()
 
     @property
     def queue_depth(self) -> int:
         """Operations that wait or run, over all runs."""
         return sum(len(resident.order) for resident in self._residents.values())
+
+    def _load_now(self) -> tuple[int, int, bool]:
+        return len(self._residents), self.queue_depth, self.draining
 
     async def _load(self, name: str) -> Resident:
         await self._make_room()
@@ -237,14 +227,6 @@ class Trainer:
                 if resident is not None and resident.facts.epoch == epoch and held.get(name) != epoch:
                     self._lose(resident, "STALE_LEASE")
 
-    async def _send_heartbeats(self) -> None:
-        while True:
-            try:
-                await self.announce()
-            except TreadleError as error:
-                log.warning("heartbeat_failed", reason=error.reason, message=error.message)
-            await asyncio.sleep(self.settings.lease_seconds / 3)
-
     async def _tidy(self) -> None:
         """Hands back runs that nobody has used for a while."""
         while True:
@@ -273,16 +255,3 @@ async def _watched(work: Callable[[], Coroutine[Any, Any, None]], on_crash: Call
         # A background loop's outermost guard: without it the process would live on as an empty shell.
         log.exception("background_loop_failed", exc_info=error)
         on_crash(error)
-
-
-def _describe(info: BaseInfo) -> admin_pb2.BaseModel:
-    return admin_pb2.BaseModel(
-        name=info.name,
-        max_context=info.max_context,
-        vocab_size=info.vocab_size,
-        dtype=info.dtype,
-        trainable=True,
-        tokenizer=info.path,
-        num_parameters=info.num_parameters,
-        eos_token_ids=info.eos_token_ids,
-    )
