@@ -169,7 +169,9 @@ def _shape(
         raise make_error(
             "INCOMPATIBLE_ADAPTER", f"{name} belongs to the base {adapter.base!r}, not to {request.base!r}"
         )
-    differs = given.rank not in (0, has.rank) or given.alpha not in (0, has.alpha)
+    differs = (given.HasField("rank") and given.rank != has.rank) or (
+        given.HasField("alpha") and given.alpha != has.alpha
+    )
     # A config that says nothing at all takes the adapter's; one that says something must say the same.
     skips = (given.skip_attn, given.skip_mlp, given.skip_unembed) != (has.skip_attn, has.skip_mlp, has.skip_unembed)
     if given != types_pb2.LoraConfig(seed=given.seed) and (differs or skips):
@@ -183,9 +185,9 @@ def _shape(
 def _with_defaults(given: types_pb2.LoraConfig) -> types_pb2.LoraConfig:
     lora = types_pb2.LoraConfig()
     lora.CopyFrom(given)
-    lora.rank = lora.rank or DEFAULT_RANK
-    lora.alpha = lora.alpha or DEFAULT_ALPHA
-    if lora.rank > MAX_RANK:
+    lora.rank = given.rank if given.HasField("rank") else DEFAULT_RANK
+    lora.alpha = given.alpha if given.HasField("alpha") else DEFAULT_ALPHA
+    if not 1 <= lora.rank <= MAX_RANK:
         raise make_error("BAD_LORA_CONFIG", f"rank {lora.rank} is out of range; use 1 to {MAX_RANK}")
     if not (math.isfinite(lora.alpha) and lora.alpha > 0):
         raise make_error("BAD_LORA_CONFIG", f"alpha {lora.alpha} is out of range; use a finite number above 0")

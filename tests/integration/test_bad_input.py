@@ -110,7 +110,12 @@ def test_a_call_without_a_key_is_refused(caller: Caller) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "rank", "reason"), [("no/such-base", 4, "UNKNOWN_BASE"), ("treadle/pip", 4096, "BAD_LORA_CONFIG")]
+    ("base", "rank", "reason"),
+    [
+        ("no/such-base", 4, "UNKNOWN_BASE"),
+        ("treadle/pip", 4096, "BAD_LORA_CONFIG"),
+        ("treadle/pip", 0, "BAD_LORA_CONFIG"),
+    ],
 )
 def test_a_run_that_cannot_be_is_refused_at_creation(caller: Caller, base: str, rank: int, reason: str) -> None:
     """An unknown base or an impossible rank fails before anything is made."""
