@@ -1,5 +1,5 @@
 # Two commands for newcomers; everything else is a task of pyproject.toml (`.venv/bin/poe`).
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BASE ?= smollm2
 VENV := .venv
 BIN := $(VENV)/bin

@@ -23,7 +23,8 @@ def main() -> int:
         return 0
     print(f"comparing with {tag}")
     against = f"{ROOT}/.git#tag={tag},subdir=protos"
-    return subprocess.run(["buf", "breaking", "protos", "--against", against], cwd=ROOT, check=False).returncode
+    buf = str(Path(sys.executable).with_name("buf"))
+    return subprocess.run([buf, "breaking", "protos", "--against", against], cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":

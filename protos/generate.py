@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent
 def generate(out: Path) -> None:
     """Writes `*_pb2.py`, `*_pb2.pyi`, `*_pb2_grpc.py` and `*_pb2_grpc.pyi` of all protos below `out`."""
     protos = sorted(str(path) for path in ROOT.glob("treadle/**/*.proto"))
-    arguments = ["protoc", f"-I{ROOT}", f"-I{protoc_include()}"]
+    # Beside the interpreter, not on the PATH: nobody need activate the environment.
+    mypy_plugin = Path(sys.executable).with_name("protoc-gen-mypy_grpc")
+    arguments = ["protoc", f"-I{ROOT}", f"-I{protoc_include()}", f"--plugin=protoc-gen-mypy_grpc={mypy_plugin}"]
     arguments += [f"--{plugin}_out={out}" for plugin in ("python", "pyi", "grpc_python", "mypy_grpc")]
     if protoc.main([*arguments, *protos]) != 0:
         raise SystemExit("protoc failed")
