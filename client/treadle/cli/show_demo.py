@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from treadle.cli.settings import UpFile, admin_key, inherited_environment
+from treadle.cli.supervisor import service_command
 from treadle.client import ServiceClient
 from treadle.recipes.demo import DemoSeen, run_demo
 from treadle.recipes.loops import StepReport
@@ -55,7 +55,8 @@ def show_demo(*, base: str, as_json: bool, export: Path | None, kill_at: int | N
 def deployment(base: str, folder: Path) -> Iterator[UpFile]:
     """Runs `treadle up` on a free port until the context ends."""
     ready, log = folder / "ready.json", folder / "up.log"
-    command = [sys.executable, "-m", "treadle.cli", "up", "--base", base, "--port", "0"]
+    # As a child that ends with this process, however that ends.
+    command = [*service_command("treadle.cli", os.getpid()), "up", "--base", base, "--port", "0"]
     command += ["--data-dir", str(folder / "data"), "--ready-file", str(ready)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=inherited_environment())

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/trainer.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x19\n\x17GetTrainerStatusRequest\"\xb8\x01\n\x18GetTrainerStatusResponse\x12\x15\n\rresident_runs\x18\x01 \x03(\t\x12\x19\n\x11queued_operations\x18\x02 \x01(\r\x12\x12\n\nnum_passes\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\'\n\x04\x62usy\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11num_shared_passes\x18\x06 \x01(\x04\"\"\n\x11ListPassesRequest\x12\r\n\x05limit\x18\x01 \x01(\r\":\n\tPassShare\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seqs\x18\x03 \x03(\x04\"\x8c\x01\n\x04Pass\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x04took\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x06shares\x18\x03 \x03(\x0b\x32\x1e.treadle.internal.v1.PassShare\"?\n\x12ListPassesResponse\x12)\n\x06passes\x18\x01 \x03(\x0b\x32\x19.treadle.internal.v1.Pass\"\x1e\n\x0f\x45victRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x12\n\x10\x45victRunResponse2\xb9\x02\n\x0eTrainerService\x12o\n\x10GetTrainerStatus\x12,.treadle.internal.v1.GetTrainerStatusRequest\x1a-.treadle.internal.v1.GetTrainerStatusResponse\x12]\n\nListPasses\x12&.treadle.internal.v1.ListPassesRequest\x1a\'.treadle.internal.v1.ListPassesResponse\x12W\n\x08\x45victRun\x12$.treadle.internal.v1.EvictRunRequest\x1a%.treadle.internal.v1.EvictRunResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/trainer.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x19\n\x17GetTrainerStatusRequest\"\xb8\x01\n\x18GetTrainerStatusResponse\x12\x15\n\rresident_runs\x18\x01 \x03(\t\x12\x19\n\x11queued_operations\x18\x02 \x01(\r\x12\x12\n\nnum_passes\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\'\n\x04\x62usy\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11num_shared_passes\x18\x06 \x01(\x04\"\"\n\x11ListPassesRequest\x12\r\n\x05limit\x18\x01 \x01(\r\":\n\tPassShare\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seqs\x18\x03 \x03(\x04\"\xa6\x01\n\x04Pass\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x04took\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x06shares\x18\x03 \x03(\x0b\x32\x1e.treadle.internal.v1.PassShare\x12\x18\n\x10num_steps_beside\x18\x04 \x01(\r\"?\n\x12ListPassesResponse\x12)\n\x06passes\x18\x01 \x03(\x0b\x32\x19.treadle.internal.v1.Pass\"\x1e\n\x0f\x45victRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x12\n\x10\x45victRunResponse2\xb9\x02\n\x0eTrainerService\x12o\n\x10GetTrainerStatus\x12,.treadle.internal.v1.GetTrainerStatusRequest\x1a-.treadle.internal.v1.GetTrainerStatusResponse\x12]\n\nListPasses\x12&.treadle.internal.v1.ListPassesRequest\x1a\'.treadle.internal.v1.ListPassesResponse\x12W\n\x08\x45victRun\x12$.treadle.internal.v1.EvictRunRequest\x1a%.treadle.internal.v1.EvictRunResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,13 +42,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PASSSHARE']._serialized_start=373
   _globals['_PASSSHARE']._serialized_end=431
   _globals['_PASS']._serialized_start=434
-  _globals['_PASS']._serialized_end=574
-  _globals['_LISTPASSESRESPONSE']._serialized_start=576
-  _globals['_LISTPASSESRESPONSE']._serialized_end=639
-  _globals['_EVICTRUNREQUEST']._serialized_start=641
-  _globals['_EVICTRUNREQUEST']._serialized_end=671
-  _globals['_EVICTRUNRESPONSE']._serialized_start=673
-  _globals['_EVICTRUNRESPONSE']._serialized_end=691
-  _globals['_TRAINERSERVICE']._serialized_start=694
-  _globals['_TRAINERSERVICE']._serialized_end=1007
+  _globals['_PASS']._serialized_end=600
+  _globals['_LISTPASSESRESPONSE']._serialized_start=602
+  _globals['_LISTPASSESRESPONSE']._serialized_end=665
+  _globals['_EVICTRUNREQUEST']._serialized_start=667
+  _globals['_EVICTRUNREQUEST']._serialized_end=697
+  _globals['_EVICTRUNRESPONSE']._serialized_start=699
+  _globals['_EVICTRUNRESPONSE']._serialized_end=717
+  _globals['_TRAINERSERVICE']._serialized_start=720
+  _globals['_TRAINERSERVICE']._serialized_end=1033
 # @@protoc_insertion_point(module_scope)

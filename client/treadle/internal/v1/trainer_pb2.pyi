@@ -47,14 +47,16 @@ class PassShare(_message.Message):
     def __init__(self, run: _Optional[str] = ..., num_tokens: _Optional[int] = ..., seqs: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Pass(_message.Message):
-    __slots__ = ("started", "took", "shares")
+    __slots__ = ("started", "took", "shares", "num_steps_beside")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     TOOK_FIELD_NUMBER: _ClassVar[int]
     SHARES_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_BESIDE_FIELD_NUMBER: _ClassVar[int]
     started: _timestamp_pb2.Timestamp
     took: _duration_pb2.Duration
     shares: _containers.RepeatedCompositeFieldContainer[PassShare]
-    def __init__(self, started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., took: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., shares: _Optional[_Iterable[_Union[PassShare, _Mapping]]] = ...) -> None: ...
+    num_steps_beside: int
+    def __init__(self, started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., took: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., shares: _Optional[_Iterable[_Union[PassShare, _Mapping]]] = ..., num_steps_beside: _Optional[int] = ...) -> None: ...
 
 class ListPassesResponse(_message.Message):
     __slots__ = ("passes",)
