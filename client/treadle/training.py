@@ -36,7 +36,7 @@ from treadle.types import (
     SaveStateResponse,
     SaveWeightsForSamplerResponse,
 )
-from treadle.v1 import training_pb2
+from treadle.v1 import training_pb2, training_pb2_grpc
 
 T = TypeVar("T")
 
@@ -52,6 +52,7 @@ class TrainingClient:
         self._transport = transport
         self._info = run
         self._tokenizer_id = tokenizer_id
+        self._stub = training_pb2_grpc.TrainingServiceStub(transport.ops_channel)
         self._stream = OperationStream(transport, run.name, run.next_seq)
 
     @property
@@ -122,6 +123,15 @@ class TrainingClient:
     def barrier(self) -> Handle[BarrierResponse]:
         """Finishes when everything before it has; drops the gradient if some of it failed."""
         return self._submit(training_pb2.Barrier(), lambda result: BarrierResponse(result.barrier.num_failed))
+
+    def cancel(self) -> Handle[list[int]]:
+        """Cancels what the service has accepted and not started; gives the seqs.
+
+        The handles of those operations raise CancelledOperationError. What has not been sent yet goes on its way.
+        """
+        request = training_pb2.CancelOperationsRequest(run=self.run, from_seq=1)
+        answer = self._transport.start(self._transport.call_async(self._stub.CancelOperations, request))
+        return Handle(answer, lambda response: list(response.cancelled_seqs))
 
     def get_info(self) -> GetInfoResponse:
         """Returns what this client trains."""

@@ -216,6 +216,18 @@ def test_a_custom_loss_that_raises_fails_the_step_behind_it(service: ServiceClie
     assert client.barrier().result(60) is not None
 
 
+def test_cancelled_operations_raise_and_the_run_goes_on(service: ServiceClient) -> None:
+    """Exactly the operations that were reported as cancelled raise; a later step is as if they had never been."""
+    client = service.create_lora_training_client(BASE, rank=4, seed=1)
+    handles = [client.forward_backward(batch(step, rows=8, length=100), "cross_entropy") for step in range(10)]
+    cancelled = client.cancel().result(60)
+    errors = [handle.exception(60) for handle in handles]
+    raised = [seq for seq, error in enumerate(errors, 1) if isinstance(error, CancelledOperationError)]
+    assert raised == cancelled
+    client.barrier().result(60)
+    assert train(client, 1) == train(service.create_lora_training_client(BASE, rank=4, seed=1), 1)
+
+
 def test_a_second_client_goes_on_where_the_first_stopped(service: ServiceClient) -> None:
     """Attaching to a run continues its order."""
     first = service.create_lora_training_client(BASE, rank=4)
