@@ -7,7 +7,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("foundation",)
+NAMES = ("foundation", "training")
 
 
 def main() -> None:
@@ -23,9 +23,10 @@ def main() -> None:
     if known.json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("figure", "value", title=f"bench {known.name}")
+    columns = ["figure", "value"] + ["target"] * any("target" in row for row in rows)
+    table = Table(*columns, title=f"bench {known.name}")
     for row in rows:
-        table.add_row(row["figure"], row["value"])
+        table.add_row(*(row.get(column, "") for column in columns))
     Console().print(table)
 
 

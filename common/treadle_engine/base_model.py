@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from treadle_engine.attention import IMPLEMENTATION, AttentionPlan, PackedCausal, PassContext
 from treadle_engine.errors import EngineError
+from treadle_engine.lean import LeanDecoder, matches
 from treadle_engine.lora import LoraConfig, LoraSite, Segment, SegmentedLinear, SiteKind
 
 ROW_MULTIPLE = 16
@@ -69,6 +70,7 @@ class BaseModel:
             if hasattr(module, "layer_idx"):
                 module.treadle_context = self.context
         self._anchor = torch.zeros(1, device=self.device, requires_grad=True)
+        self.lean = LeanDecoder(model, self.context) if matches(model) else None
         text = model.config.get_text_config()
         # Granite divides the logits, Cohere multiplies them, Gemma 2 soft-caps them.
         self.logit_scale = float(getattr(text, "logit_scale", None) or 1.0) / (
@@ -117,6 +119,8 @@ class BaseModel:
         tokens_P, positions_P = F.pad(tokens_T, (0, padding)), F.pad(positions_T, (0, padding))
         self.context.plan, self.context.num_tokens = attention, num_tokens
         try:
+            if self.lean is not None:
+                return self.lean(tokens_P, positions_P, segments, self._anchor)[:num_tokens]
             with self._using(segments, self.linears[:-1]):
                 output = self._decoder(
                     input_ids=tokens_P.unsqueeze(0), position_ids=positions_P.unsqueeze(0), use_cache=False

@@ -79,7 +79,7 @@ def _run_tile(base: BaseModel, x_TD: Tensor, tile: Sequence[_Piece], g_TD: Tenso
     rows_N = torch.cat([piece.chunk.rows_N[piece.start : piece.stop] for piece in tile])
     targets_NK = torch.cat([piece.chunk.targets_NK[piece.start : piece.stop] for piece in tile])
     num_rows = rows_N.shape[0]
-    x_PD = F.pad(x_TD.index_select(0, rows_N), (0, 0, 0, max(0, ROW_MULTIPLE - num_rows)))
+    x_PD = _padded(x_TD.index_select(0, rows_N))
     segments = _segments(tile, [piece.size for piece in tile])
     raw_PV, lows = base.unembedding.project(x_PD, segments)
     logits_NV = base.shape_logits(raw_PV[:num_rows].float())
@@ -101,15 +101,19 @@ def _run_tile(base: BaseModel, x_TD: Tensor, tile: Sequence[_Piece], g_TD: Tenso
         return
     offsets = [segment.start for segment in segments]
     kept_B = torch.cat([selected + offset for selected, offset in zip(kept, offsets, strict=True)])
-    lows = [None if low is None else low.index_select(0, rows) for low, rows in zip(lows, kept, strict=True)]
-    g_BV = _logit_gradient(base, logits_NV[kept_B], targets_NK[kept_B], torch.cat(slopes))
+    if kept_B.shape[0] < num_rows:  # else everything is in place already: spare the copies
+        lows = [None if low is None else low.index_select(0, rows) for low, rows in zip(lows, kept, strict=True)]
+        logits_NV, targets_NK, x_PD = logits_NV[kept_B], targets_NK[kept_B], x_PD[kept_B]
+    g_BV = _logit_gradient(base, logits_NV, targets_NK, torch.cat(slopes))
     segments = _segments(tile, [selected.numel() for selected in kept])
-    padding = max(0, ROW_MULTIPLE - kept_B.shape[0])
-    g_PD = base.unembedding.project_backward(
-        F.pad(g_BV.to(x_TD.dtype), (0, 0, 0, padding)), x_PD[kept_B], lows, segments, need_input=True
-    )
+    g_PD = base.unembedding.project_backward(_padded(g_BV.to(x_TD.dtype)), x_PD, lows, segments, need_input=True)
     assert g_PD is not None  # need_input
     g_TD.index_copy_(0, rows_N[kept_B], g_PD[: kept_B.shape[0]])
+
+
+def _padded(x_ND: Tensor) -> Tensor:
+    missing = ROW_MULTIPLE - x_ND.shape[0]
+    return x_ND if missing <= 0 else F.pad(x_ND, (0, 0, 0, missing))
 
 
 def _segments(tile: Sequence[_Piece], sizes: Sequence[int]) -> list[Segment]:

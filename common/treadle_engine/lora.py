@@ -259,10 +259,16 @@ class SegmentedLinear(nn.Linear):
         return y_MO, lows
 
     def project_backward(
-        self, g_MO: Tensor, x_MI: Tensor, lows: Sequence[Tensor | None], segments: Sequence[Segment], need_input: bool
+        self,
+        g_MO: Tensor,
+        x_MI: Tensor,
+        lows: Sequence[Tensor | None],
+        segments: Sequence[Segment],
+        need_input: bool,
+        into: Tensor | None = None,
     ) -> Tensor | None:
-        """Accumulate dA and dB segment by segment, in order, and return dx_MI if it is needed."""
-        g_MI = g_MO.mm(self.weight) if need_input else None
+        """Accumulate dA and dB segment by segment, in order; return dx_MI, added to `into`, if it is needed."""
+        g_MI = None if not need_input else g_MO.mm(self.weight) if into is None else into.addmm_(g_MO, self.weight)
         for segment, low_NR in zip(segments, lows, strict=True):
             pair, grads = segment.pair(self.site), segment.grad_pair(self.site)
             if low_NR is None or pair is None or segment.weights is None or (g_MI is None and grads is None):

@@ -5,12 +5,12 @@ It needs no base model, so that a step can run beside other runs' passes. It doe
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -40,11 +40,29 @@ class TrainState:
         return self.weights.num_bytes + self.grads.nbytes + self.exp_avg.nbytes + self.exp_avg_sq.nbytes
 
     def digest(self) -> str:
-        """Return the sha256 (hex) over weights, moments and step; the gradient is not part of it."""
-        sha = hashlib.sha256(self.step.to_bytes(8, "little"))
-        for tensor in (self.weights.flat, self.exp_avg, self.exp_avg_sq):
-            sha.update(tensor.detach().cpu().numpy().data)
-        return sha.hexdigest()
+        """Return the xxh3-128 (hex) over weights, moments and step; the gradient is not part of it.
+
+        It is taken after each step, to find a replay that went another way; nobody need be kept from forging it.
+        """
+        return _digest(self.step, self.weights.flat, self.exp_avg, self.exp_avg_sq)
+
+
+@dataclass(frozen=True)
+class ParkedState:
+    """An idle run's state in host memory: what `snapshot` holds, without gradient and without compute copy."""
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def digest(self) -> str:
+        """Return what `TrainState.digest` returned before the state was parked."""
+        kept = self.tensors
+        return _digest(int(kept["step"]), kept["weights"], kept["exp_avg"], kept["exp_avg_sq"])
 
 
 @dataclass(frozen=True)
@@ -135,3 +153,30 @@ def restore(base: AdapterBase, config: LoraConfig, tensors: Mapping[str, Tensor]
     state.step = int(tensors["step"])
     state.weights.refresh()
     return state
+
+
+def park(state: TrainState) -> ParkedState:
+    """Move a state at a step boundary to host memory; on a CPU its buffers stay where they are.
+
+    The gradient must be zero: it is given up, not kept.
+    """
+    tensors = {"weights": state.weights.flat, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    if state.weights.flat.is_cuda:
+        # Pinned memory goes back over the bus at full speed and without a copy in between.
+        tensors = {name: tensor.to("cpu").pin_memory() for name, tensor in tensors.items()}
+    return ParkedState(state.weights.config, {**tensors, "step": torch.tensor([state.step], dtype=torch.int64)})
+
+
+def unpark(base: AdapterBase, parked: ParkedState) -> TrainState:
+    """Bring a parked state back to the base's device, bit for bit, with an empty gradient."""
+    kept = {name: tensor.to(base.device, non_blocking=True) for name, tensor in parked.tensors.items()}
+    weights = AdapterWeights(base, parked.config, kept["weights"])
+    step = int(parked.tensors["step"])
+    return TrainState(weights, torch.zeros_like(weights.flat), kept["exp_avg"], kept["exp_avg_sq"], step)
+
+
+def _digest(step: int, *tensors: Tensor) -> str:
+    digest = xxhash.xxh3_128(step.to_bytes(8, "little"))
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().numpy().data)
+    return digest.hexdigest()

@@ -12,7 +12,7 @@ decides which chunks share a pass, and by construction that choice changes no bi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,9 @@ from treadle_engine.optim import TrainState
 
 CHUNK_TOKENS = 1024
 """Target size of a chunk. A constant, not a setting: where an op is cut decides the last bits of its gradient."""
+
+_CPU_STREAM_TOKENS = 1024
+"""On a CPU a longer stream is no faster: it only needs more memory, which the allocator then faults in again."""
 
 
 @dataclass
@@ -95,9 +98,23 @@ class TrainingEngine:
         works = [_Work(chunk, self.base.device) for chunk in chunks]
         for forward_only in (True, False):
             group = [work for work in works if work.chunk.forward_only is forward_only]
-            if group:
-                self._run_group(group, with_grad=not forward_only)
+            for stream in self._streams(group):
+                self._run_group(stream, with_grad=not forward_only)
         return [work.result() for work in works]
+
+    def _streams(self, works: Sequence[_Work]) -> Iterator[list[_Work]]:
+        """Cut a pass, in order, into streams that go through the base one after the other; no bit depends on it."""
+        limit = _CPU_STREAM_TOKENS if self.base.device.type == "cpu" else self.max_tokens_per_pass
+        stream: list[_Work] = []
+        used = 0
+        for work in works:
+            if stream and used + work.chunk.batch.num_tokens > limit:
+                yield stream
+                stream, used = [], 0
+            stream.append(work)
+            used += work.chunk.batch.num_tokens
+        if stream:
+            yield stream
 
     def _run_group(self, works: Sequence[_Work], with_grad: bool) -> None:
         device = self.base.device

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
@@ -92,6 +91,9 @@ def load_adapter(folder: Path, base: BaseModel) -> AdapterWeights:
 
 
 def _config_file(base: BaseModel, config: LoraConfig) -> bytes:
+    # Importing PEFT takes seconds, which a process should not spend before it has an adapter to write.
+    import peft
+
     written = peft.LoraConfig(
         r=config.rank,
         # PEFT declares an integer; a fraction is written only where the run has one.
@@ -107,6 +109,11 @@ def _config_file(base: BaseModel, config: LoraConfig) -> bytes:
     # PEFT writes a set, in an order of the process's own; an adapter must be the same bytes after a crash.
     settings["target_modules"] = sorted(settings["target_modules"])
     return json.dumps(settings, indent=2, sort_keys=True).encode()
+
+
+def warm_up() -> None:
+    """Do now, on this thread, what the first export would have to wait for: import PEFT."""
+    import peft  # noqa: F401
 
 
 def _target_modules(every: tuple[LoraSite, ...], chosen: tuple[LoraSite, ...]) -> list[str]:
