@@ -45,6 +45,7 @@ async def build(host: ServiceHost, settings: TrainerSettings) -> AsyncIterator[N
             slot.fill(trainer)
             host.on_drain(trainer.drain)
             await host.set_ready(True)
+            executor.beside(Device.warm_up)
             yield
     finally:
         executor.stop()

@@ -1,4 +1,4 @@
-"""The operations that save and load adapters: device work between passes, transfers beside them.
+"""The operations that save and load adapters: device work and transfers, both beside the passes.
 
 A saved adapter is its files in the blob store and one row that names them; the row is written only after the
 operation itself is durable, and writing it again after a crash changes nothing. Knows neither order nor streams.
@@ -6,11 +6,9 @@ operation itself is durable, and writing it again after a crash changes nothing.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
-from collections.abc import Coroutine
-from typing import Any, Final
+from typing import Final
 
 from treadle import names
 from treadle.errors import TreadleError, make_error
@@ -35,10 +33,9 @@ class Adapters:
     def __init__(self, executor: Executor, loop: DeviceLoop, store: JournalClient, snapshots: Snapshots) -> None:
         """Registers itself with the device loop as the starter of its kinds."""
         self._executor, self._loop, self._store, self._snapshots = executor, loop, store, snapshots
-        self._transfers: set[asyncio.Task[None]] = set()
         loop.starters[SAVE_STATE] = self._start_save
         loop.starters[SAVE_WEIGHTS] = self._start_save
-        loop.starters[LOAD_STATE] = lambda resident, op: self._spawn(self._load(resident, op))
+        loop.starters[LOAD_STATE] = lambda resident, op: loop.spawn(self._load(resident, op))
 
     async def fetch(self, name: str, base: str, *, with_optimizer: bool) -> dict[str, bytes]:
         """Returns a saved adapter's files by name; ADAPTER_NOT_FOUND, INCOMPATIBLE_ADAPTER, NO_OPTIMIZER_STATE."""
@@ -55,20 +52,18 @@ class Adapters:
         return {path: await self._store.get_blob(sha256) for path, sha256 in present.items()}
 
     def _start_save(self, resident: Resident, op: RunOp) -> None:
-        async def turn() -> None:
-            if resident.closed is not None:
-                return
+        async def save() -> None:
             try:
                 _check_id(op)
-                files, step = await self._executor.call(
+                files, step = await self._executor.beside(
                     Device.export, resident.name, with_optimizer=op.kind == SAVE_STATE
                 )
             except TreadleError as error:
                 self._loop.conclude(resident, op, error)
                 return
-            self._spawn(self._store_adapter(resident, op, files, step))
+            await self._store_adapter(resident, op, files, step)
 
-        self._loop.request_turn(turn)
+        self._loop.spawn(save())
 
     async def _store_adapter(self, resident: Resident, op: RunOp, files: dict[str, bytes], step: int) -> None:
         try:
@@ -96,32 +91,21 @@ class Adapters:
             name = operations.adapter_to_load(resident.name, op.work.operation)
             files = await self.fetch(name, resident.facts.base, with_optimizer=with_optimizer)
             config = operations.lora_config(resident.facts.lora)
+            if resident.closed is not None:
+                return
+            loaded = await self._executor.beside(
+                Device.load, resident.name, config, files, with_optimizer=with_optimizer
+            )
         except TreadleError as error:
             self._loop.conclude(resident, op, error)
             return
-
-        async def turn() -> None:
-            if resident.closed is not None:
-                return
-            try:
-                loaded = await self._executor.call(
-                    Device.load, resident.name, config, files, with_optimizer=with_optimizer
-                )
-            except TreadleError as error:
-                self._loop.conclude(resident, op, error)
-                return
-            result = training_pb2.OperationResult()
-            result.load_state.step = loaded.step
-            self._loop.conclude(resident, op, result, loaded.digest)
-            # The adapter may be deleted later: from here on the run must not need it again.
-            self._snapshots.request(resident)
-
-        self._loop.request_turn(turn)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._transfers.add(task)
-        task.add_done_callback(self._transfers.discard)
+        if resident.closed is not None:
+            return
+        result = training_pb2.OperationResult()
+        result.load_state.step = loaded.step
+        self._loop.conclude(resident, op, result, loaded.digest)
+        # The adapter may be deleted later: from here on the run must not need it again.
+        self._snapshots.request(resident)
 
 
 def _check_id(op: RunOp) -> None:

@@ -1,7 +1,8 @@
 """The torch side of the trainer: the base, the training state of each resident run, and what is done to them.
 
-One thread calls it (see executor). It takes and gives plain values: names, numpy batches, bytes. It does not know
-the order of operations, tenants, the journal or the wire.
+Two threads call it (see executor): one for passes, one for all that runs beside them. It takes and gives plain values:
+names, numpy batches, bytes. It does not know the order of operations, tenants, the journal or the wire, and leaves it
+to its caller that nothing changes a run while another call uses it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from treadle_engine.base_model import BaseInfo, BaseModel
 from treadle_engine.batch import TokenBatch
 from treadle_engine.determinism import settle
 from treadle_engine.errors import EngineError
-from treadle_engine.lora import AdapterWeights, LoraConfig
+from treadle_engine.lora import AdapterLayout, AdapterWeights, LoraConfig
 from treadle_engine.losses import LossSpec
-from treadle_engine.optim import AdamParams, TrainState, optim_step, restore, snapshot
+from treadle_engine.optim import AdamParams, ParkedState, TrainState, optim_step, park, restore, snapshot, unpark
 from treadle_engine.passes import Chunk, ChunkResult, TrainingEngine
-from treadle_engine.peft_format import from_files, to_files
+from treadle_engine.peft_format import from_files, to_files, warm_up
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 
@@ -40,7 +41,7 @@ class PassChunk:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """What an optimizer step or a load left behind; `digest` is the sha256 of the run's state."""
+    """What an optimizer step or a load left behind; `digest` is that of the run's state."""
 
     step: int
     digest: bytes
@@ -64,15 +65,47 @@ class Device:
         self._base = base
         self._engine = TrainingEngine(base, max_tokens_per_pass)
         self._states: dict[str, TrainState] = {}
+        self._parked: dict[str, ParkedState] = {}
 
     @property
     def info(self) -> BaseInfo:
         """Facts about the base; safe to read from any thread."""
         return self._base.info
 
+    @property
+    def max_tokens_per_pass(self) -> int:
+        """Most positions in one pass; safe to read from any thread."""
+        return self._engine.max_tokens_per_pass
+
     def split(self, batch: TokenBatch) -> list[TokenBatch]:
         """Cuts a batch into chunks by its own content; touches no state, safe from any thread."""
         return self._engine.split(batch)
+
+    def join_thread(self) -> None:
+        """Gives the calling thread as many torch threads as the loading one has: sums depend on their number."""
+        torch.set_num_threads(torch.get_num_threads())
+
+    def warm_up(self) -> None:
+        """Does what the first export would have to wait for."""
+        warm_up()
+
+    def rest(self) -> None:
+        """Does nothing: when its turn has come, all calls before it are done."""
+
+    def num_bytes(self, config: LoraConfig) -> int:
+        """Returns the memory of a run of this shape, without its gradient; safe from any thread."""
+        layout = AdapterLayout(self._base.lora_sites(config), config.rank)
+        return 3 * 4 * layout.num_elements
+
+    def park(self, run: str) -> None:
+        """Moves a run without gradient to host memory; it must be brought back before it is used."""
+        self._parked[run] = park(self._states[run])
+        del self._states[run]
+
+    def unpark(self, run: str) -> None:
+        """Brings a parked run back."""
+        self._states[run] = unpark(self._base, self._parked[run])
+        del self._parked[run]
 
     def create(self, run: str, config: LoraConfig) -> None:
         """Starts a run from its seed."""
@@ -85,6 +118,7 @@ class Device:
     def drop(self, run: str) -> None:
         """Forgets a run."""
         self._states.pop(run, None)
+        self._parked.pop(run, None)
 
     def run_pass(self, chunks: Sequence[PassChunk]) -> list[ChunkResult]:
         """Runs one pass; each chunk's failure is in its own result."""
@@ -105,10 +139,10 @@ class Device:
 
     def copy_state(self, run: str, num_failed: int) -> StateCopy:
         """Serializes the run's state as it is at its last step boundary; `num_failed` travels with it."""
-        state = self._states[run]
-        tensors = snapshot(state)
+        state = self._states.get(run) or self._parked[run]
+        tensors = dict(state.tensors) if isinstance(state, ParkedState) else snapshot(state)
         tensors["num_failed"] = torch.tensor([num_failed], dtype=torch.int64)
-        return StateCopy(save_tensors(tensors), state.step, bytes.fromhex(state.digest()))
+        return StateCopy(save_tensors(tensors), int(tensors["step"]), bytes.fromhex(state.digest()))
 
     def export(self, run: str, *, with_optimizer: bool) -> tuple[dict[str, bytes], int]:
         """Returns the run as PEFT files by name, and its step.

@@ -1,16 +1,18 @@
-"""What the device does next: settle what needs no device, take the short turns that runs asked for, then one pass.
+"""What the device does next: start what needs no pass, then fill a pass, again and again.
 
-A round is deterministic in its shape: steps and exports of all runs that are ready come first, so that their next
-batches can share the pass that follows. Operations of one run take effect by seq; everything they touch belongs to
-that run alone. Knows runs as Resident objects; the journal and the wire are theirs.
+Passes run one at a time. Optimizer steps, saves and loads run on the thread beside them, and never hold a pass up; a
+run of which one is under way contributes nothing to passes, so operations of one run take effect by seq. Everything
+they touch belongs to that run alone. Knows runs as Resident objects; the journal and the wire are theirs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from typing import Any, Final
 
 from treadle.errors import TreadleError
 from treadle.v1 import training_pb2
@@ -19,13 +21,20 @@ from treadle_trainer import operations
 from treadle_trainer.device import Device, PassChunk
 from treadle_trainer.executor import Executor
 from treadle_trainer.operations import PassWork
-from treadle_trainer.resident import REPLAYED, Resident, RunOp
+from treadle_trainer.resident import REPLAYED, Place, Resident, RunOp
 from treadle_trainer.runs import BARRIER, BATCHED, OPTIM_STEP
 from treadle_trainer.scheduler import FairScheduler, RunQueue, Waiting
 from treadle_trainer.trace import PassTrace
 
+PATIENCE: Final = 0.1
+LEAST_PATIENCE_SECONDS: Final = 0.005
+"""How long the next pass may wait for steps under way: a share of the pass before it, or about a pass's fixed cost.
+
+A run whose step ends a moment later would miss that pass and go alone in the next: for many small runs, waiting that
+moment costs less than the passes that they would not share. Steps that take longer are never waited for.
+"""
+
 log = get_logger(__name__)
-Turn = Callable[[], Awaitable[None]]
 Result = training_pb2.OperationResult
 
 
@@ -53,10 +62,17 @@ class DeviceLoop:
         self._executor, self._trace, self._on_step = executor, trace, on_step
         self._scheduler: FairScheduler[PickedChunk] = FairScheduler(max_tokens_per_pass)
         self._residents: dict[str, Resident] = {}
-        self._turns: list[Turn] = []
+        self._pass: asyncio.Task[None] | None = None
+        self._pass_seconds = 0.0
+        self._steps_beside = 0
+        self._stepping: set[Resident] = set()
+        self._patient_until: float | None = None
+        self._works: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
-        # Kinds that need more than the device: the trainer gives each its own way to start.
+        # Kinds that need no pass: the trainer gives each its own way to start.
         self.starters: dict[str, Callable[[Resident, RunOp], None]] = {OPTIM_STEP: self._start_optim_step}
+        # What is to be done for a run that has work but whose state is not on the device.
+        self.bring_in: Callable[[Resident], None] = lambda resident: None
 
     def add(self, resident: Resident) -> None:
         """Serves a run from now on."""
@@ -71,39 +87,51 @@ class DeviceLoop:
         """Says that there may be something to do."""
         self._wake.set()
 
-    def request_turn(self, turn: Turn) -> None:
-        """Has `turn` awaited between passes, after the turns that were requested before."""
-        self._turns.append(turn)
-        self.wake()
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work` beside everything else; a fault in it ends the loop."""
+        task = asyncio.create_task(work)
+        self._works.add(task)
+        task.add_done_callback(lambda _: self.wake())
 
     def conclude(self, resident: Resident, op: RunOp, outcome: Result | TreadleError, digest: bytes = b"") -> None:
         """Ends an operation; drops the run's gradient where the failure rule says so."""
         if resident.closed is not None:
             return
         if resident.conclude(op, outcome, digest):
-            # Queued at once, so that it comes before any pass that is picked from here on.
-            self._executor.call(Device.clear_gradient, resident.name)
+            self.hold(resident, self._executor.beside(Device.clear_gradient, resident.name))
+
+    def hold(self, resident: Resident, until: asyncio.Future[Any]) -> None:
+        """Starts nothing of a run until `until` is done."""
+        resident.num_held += 1
+
+        def end(_: asyncio.Future[Any]) -> None:
+            resident.num_held -= 1
+            self.wake()
+
+        until.add_done_callback(end)
 
     async def run_forever(self) -> None:
         """Runs rounds until cancelled."""
         while True:
             await self._wait()
-            self._settle_all()
-            turns, self._turns = self._turns, []
-            for turn in turns:
-                await turn()
-            self._settle_all()
-            picked = self._scheduler.pick(self._queues())
-            if picked:
-                await self._run_pass(picked)
-                self.wake()
-            if self._turns:
-                self.wake()
+            self._look_for_faults()
+            for resident in self._working():
+                resident.order.expire(time.monotonic())
+                self._settle(resident)
+            if self._pass is not None:
+                continue
+            queues = self._queues()
+            if not queues:
+                self._patient_until = None
+            elif not self._patient():
+                self._begin_pass(self._scheduler.pick(queues))
 
     async def _wait(self) -> None:
-        """Sleeps until woken, or until the next operation has waited too long."""
-        expiries = [expiry for run in self._working() if (expiry := run.order.next_expiry()) is not None]
-        timeout = max(0.0, min(expiries) - time.monotonic()) if expiries else None
+        """Sleeps until woken, until the next operation has waited too long, or until patience ends."""
+        times = [expiry for run in self._working() if (expiry := run.order.next_expiry()) is not None]
+        if self._patient_until is not None and self._pass is None:
+            times.append(self._patient_until)
+        timeout = max(0.0, min(times) - time.monotonic()) if times else None
         try:
             async with asyncio.timeout(timeout):
                 await self._wake.wait()
@@ -111,17 +139,35 @@ class DeviceLoop:
             pass
         self._wake.clear()
 
-    def _working(self) -> list[Resident]:
-        return [run for run in self._residents.values() if len(run.order) and not run.draining and run.closed is None]
+    def _look_for_faults(self) -> None:
+        """Raises what ended a pass or another work, which only a fault in this process can."""
+        for task in [task for task in self._works if task.done()]:
+            self._works.discard(task)
+            task.result()
+        if self._pass is not None and self._pass.done():
+            ended, self._pass = self._pass, None
+            ended.result()
 
-    def _settle_all(self) -> None:
-        for resident in self._working():
-            resident.order.expire(time.monotonic())
-            self._settle(resident)
+    def _patient(self) -> bool:
+        """Tells whether steps end so soon that the pass had better wait for the batches queued behind them."""
+        now = time.monotonic()
+        limit = max(PATIENCE * self._pass_seconds, LEAST_PATIENCE_SECONDS)
+        if not any(len(run.order) > 1 and run.step_seconds <= limit for run in self._stepping):
+            return False
+        if self._patient_until is None:
+            self._patient_until = now + limit
+        return now < self._patient_until
+
+    def _working(self) -> list[Resident]:
+        return [
+            run
+            for run in self._residents.values()
+            if len(run.order) and not run.num_held and not run.draining and run.closed is None
+        ]
 
     def _settle(self, resident: Resident) -> None:
         """Ends or starts first operations until one needs a pass, or has started."""
-        while (op := resident.order.head()) is not None and op.started_at is None:
+        while not resident.num_held and (op := resident.order.head()) is not None and op.started_at is None:
             recorded = op.work.recorded
             if op.doom is not None:
                 self.conclude(resident, op, op.doom)
@@ -129,6 +175,9 @@ class DeviceLoop:
                 recorded is not None and (op.kind not in REPLAYED or resident.diverged is not None)
             ) or op.kind == BARRIER:
                 self.conclude(resident, op, Result())
+            elif resident.place is not Place.DEVICE:
+                self.bring_in(resident)
+                return
             elif op.kind in BATCHED:
                 return
             else:
@@ -137,18 +186,24 @@ class DeviceLoop:
                 return
 
     def _start_optim_step(self, resident: Resident, op: RunOp) -> None:
+        began = time.monotonic()
+        self._stepping.add(resident)
+        self._steps_beside += 1
+
         async def step() -> None:
-            if resident.closed is not None:
-                return
-            began = time.monotonic()
             try:
                 params = operations.adam_params(op.work.operation.optim_step.adam)
-                stepped = await self._executor.call(Device.optim_step, resident.name, params)
+                with self._trace.working():
+                    stepped = await self._executor.beside(Device.optim_step, resident.name, params)
             except TreadleError as error:
                 self.conclude(resident, op, error)
                 return
             finally:
-                self._trace.busy_seconds += time.monotonic() - began
+                self._stepping.discard(resident)
+                # The shortest so far: the others waited for a processor, or for other runs' steps.
+                resident.step_seconds = min(resident.step_seconds or math.inf, time.monotonic() - began)
+            if resident.closed is not None:
+                return
             result = Result()
             result.optim_step.step = stepped.step
             for key, value in stepped.metrics.items():
@@ -156,30 +211,39 @@ class DeviceLoop:
             self.conclude(resident, op, result, stepped.digest)
             self._on_step(resident, stepped.step)
 
-        self.request_turn(step)
+        self.spawn(step())
 
     def _queues(self) -> list[RunQueue[PickedChunk]]:
         return [
             RunQueue(run.name, run.facts.tenant, chunks)
             for run in self._working()
-            if (chunks := list(_waiting_chunks(run)))
+            if run.place is Place.DEVICE and (chunks := list(_waiting_chunks(run)))
         ]
 
-    async def _run_pass(self, picked: list[PickedChunk]) -> None:
-        started = time.time()
+    def _begin_pass(self, picked: list[PickedChunk]) -> None:
         began = time.monotonic()
         for pick in picked:
             if pick.op.started_at is None:
                 pick.op.started_at = began
-        pairs = [(pick, pick.as_chunk()) for pick in picked]
+        self._patient_until = None
+        # Steps that start while the pass runs are counted as they come.
+        self._steps_beside = len(self._stepping)
+        self._pass = asyncio.create_task(self._run_pass(picked, began))
+        self._pass.add_done_callback(lambda _: self.wake())
+
+    async def _run_pass(self, picked: list[PickedChunk], began: float) -> None:
+        started = time.time()
+        chunks = [pick.as_chunk() for pick in picked]
         fault: TreadleError | None = None
         try:
-            results = await self._executor.call(Device.run_pass, [chunk for _, chunk in pairs])
+            with self._trace.working():
+                results = await self._executor.call(Device.run_pass, chunks)
         except TreadleError as error:
             fault, results = error, []
-        took = time.monotonic() - began
+        took = self._pass_seconds = time.monotonic() - began
+        pairs = zip(picked, chunks, strict=True)
         shares = [(pick.resident.name, pick.op.seq, chunk.batch.num_tokens) for pick, chunk in pairs]
-        self._trace.add(started, took, shares)
+        self._trace.add(started, took, shares, self._steps_beside)
         for pick, result in zip(picked, results, strict=fault is None):
             pick.work.results.append(result)
         seen: set[tuple[str, int]] = set()

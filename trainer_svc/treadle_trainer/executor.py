@@ -1,7 +1,9 @@
-"""The one thread that owns the device, seen from the event loop as awaitable calls.
+"""The device's two threads, seen from the event loop as awaitable calls.
 
-Calls run one after the other, in the order in which they were made. What goes in and comes out are plain values, so
-that the thread could become a process. Knows nothing of what the calls do.
+One thread runs passes over the base. The other does what needs no base beside them: optimizer steps, copies, exports.
+Calls on one thread run one after the other, in the order in which they were made; between the two there is no order,
+so whoever calls keeps what touches the same run apart. What goes in and comes out are plain values. Knows nothing of
+what the calls do.
 """
 
 from __future__ import annotations
@@ -22,15 +24,18 @@ log = get_logger(__name__)
 
 
 class Executor:
-    """Runs methods of the one Device on its own thread."""
+    """Runs methods of the one Device on its own threads."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+        self._side_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="beside")
         self._device: Device | None = None
 
     async def start(self, load: Callable[[], Device]) -> Device:
         """Loads the device on its thread; only the immutable facts of the returned one may be read elsewhere."""
-        self._device = await asyncio.get_running_loop().run_in_executor(self._thread, load)
+        loop = asyncio.get_running_loop()
+        self._device = await loop.run_in_executor(self._thread, load)
+        await loop.run_in_executor(self._side_thread, self._device.join_thread)
         return self._device
 
     def call(self, method: Callable[Concatenate[Device, P], R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
@@ -39,8 +44,22 @@ class Executor:
             self._thread, lambda: _guarded(self._device, method, *args, **kwargs)
         )
 
+    def beside(
+        self, method: Callable[Concatenate[Device, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[R]:
+        """Queues `method` like `call`, but on the thread beside the passes."""
+        return asyncio.get_running_loop().run_in_executor(
+            self._side_thread, lambda: _guarded(self._device, method, *args, **kwargs)
+        )
+
+    async def drop(self, run: str) -> None:
+        """Makes the device forget a run, after all that was queued for it on either thread."""
+        await self.beside(Device.rest)
+        await self.call(Device.drop, run)
+
     def stop(self) -> None:
-        """Ends the thread after the calls that were made."""
+        """Ends the threads after the calls that were made."""
+        self._side_thread.shutdown(wait=True)
         self._thread.shutdown(wait=True)
 
 

@@ -83,6 +83,7 @@ class Recovery:
         results = ResultLog(journal.header.acked_seq, journal.done_seq, journal.header.last_seq)
         self.writer.open(name, claim.lease.epoch, journal.header.last_seq)
         resident = Resident(facts, order, results, writer=self.writer, prepare=self.prepare, wake=self.wake)
+        resident.snapshot_sha256 = journal.header.snapshot.sha256
         for row in journal.operations:
             await self._queue(resident, row, journal.snapshot_seq)
         if claim.run.state == training_pb2.RUN_STATE_DIVERGED:
@@ -112,14 +113,14 @@ class Recovery:
         snapshot = journal.header.snapshot
         if snapshot.sha256:
             data = await self.store.get_blob(snapshot.sha256)
-            await self.executor.call(Device.restore, name, config, data)
+            await self.executor.beside(Device.restore, name, config, data)
             return count_failed(data)
         if claim.from_adapter:
             with_optimizer = names.parse_adapter(claim.from_adapter).kind == "checkpoints"
             files = await self.fetch(claim.from_adapter, claim.run.base, with_optimizer=with_optimizer)
-            await self.executor.call(Device.load, name, config, files, with_optimizer=with_optimizer)
+            await self.executor.beside(Device.load, name, config, files, with_optimizer=with_optimizer)
         else:
-            await self.executor.call(Device.create, name, config)
+            await self.executor.beside(Device.create, name, config)
         return 0
 
     async def _queue(self, resident: Resident, row: journal_pb2.JournaledOperation, snapshot_seq: int) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -36,6 +37,17 @@ from treadle_trainer.runs import (
 # Of operations that had finished before a crash, only these changed what a snapshot or the next step holds.
 REPLAYED = frozenset({FORWARD_BACKWARD, OPTIM_STEP, LOAD_STATE})
 _PREPARE_INLINE_BYTES = 2**16
+
+
+class Place(Enum):
+    """Where the state of a resident run is."""
+
+    DEVICE = auto()
+    """Ready for passes and steps."""
+    HOST = auto()
+    """In host memory, without gradient."""
+    STORE = auto()
+    """In the run's newest snapshot only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +103,15 @@ class Resident:
         self.draining = False
         """Nothing new is started or accepted."""
         self.snapshot_seq = order.boundary_seq
+        self.snapshot_sha256 = ""
+        """Blob of the newest snapshot; empty if there is none."""
+        self.place = Place.DEVICE
+        self.state_bytes = 0
+        """Memory of the state, without gradient."""
+        self.num_held = 0
+        """Works under way during which nothing of the run may start."""
+        self.step_seconds = 0.0
+        """How long its optimizer steps take; 0 before the first."""
         self.num_streams = 0
         self.last_used = time.monotonic()
         self._writer, self._prepare, self._wake = writer, prepare, wake
@@ -108,6 +129,13 @@ class Resident:
         """Whether the first operation has started."""
         head = next(iter(self.order), None)
         return head is not None and head.started_at is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether the run stands at a step boundary and nothing of it waits, runs or is under way."""
+        order = self.order
+        quiet = not len(order) and not self.num_held and not self.draining and self.closed is None
+        return quiet and order.boundary_seq == order.done_seq
 
     def credit(self) -> training_pb2.Credit:
         """Returns what the owner may have in flight now."""
@@ -166,6 +194,7 @@ class Resident:
 
     def conclude(self, op: RunOp, outcome: training_pb2.OperationResult | TreadleError, digest: bytes = b"") -> bool:
         """Ends the first operation of the order; returns whether the run's gradient must be dropped."""
+        self.last_used = time.monotonic()
         failed = isinstance(outcome, TreadleError)
         finished = self.order.finish(op.seq, failed=failed)
         if op.work.recorded is not None:

@@ -156,7 +156,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         busy = Duration()
         busy.FromNanoseconds(int(trace.busy_seconds * 1e9))
         return trainer_pb2.GetTrainerStatusResponse(
-            resident_runs=sorted(resident.name for resident in trainer.residents),
+            resident_runs=trainer.runs_in_memory,
             queued_operations=trainer.queue_depth,
             num_passes=trace.num_passes,
             num_tokens=trace.num_tokens,

@@ -36,5 +36,11 @@ class TrainerSettings(ServiceSettings):
     lease_seconds: float = Field(
         10.0, gt=0, description="how long a run stays with this trainer without a sign of life"
     )
-    max_resident_runs: int = Field(64, ge=1, description="runs kept in memory; beyond it idle ones are handed back")
+    max_resident_runs: int = Field(1024, ge=1, description="runs held; beyond it idle ones are handed back")
+    max_resident_bytes: int = Field(
+        0, ge=0, description="memory for the states of runs; beyond it idle ones go to the store; 0: a quarter of all"
+    )
+    park_seconds: float = Field(
+        5.0, gt=0, description="a run without work for so long gives up its gradient and leaves the device"
+    )
     idle_seconds: float = Field(900.0, gt=0, description="a run without stream and work for so long is handed back")

@@ -1,4 +1,4 @@
-"""Snapshots of runs at step boundaries: copied on the device's thread, stored while computing goes on.
+"""Snapshots of runs at step boundaries: copied on the thread beside the passes, stored while computing goes on.
 
 A snapshot stands for all operations up to its seq, so it is recorded only after their results are durable. Knows
 neither streams nor how a snapshot is read again (recovery does).
@@ -11,11 +11,10 @@ import asyncio
 from treadle.errors import TreadleError
 from treadle.internal.v1 import journal_pb2
 from treadle_service.logs import get_logger
-from treadle_trainer.device import Device
-from treadle_trainer.device_loop import DeviceLoop
+from treadle_trainer.device import Device, StateCopy
 from treadle_trainer.executor import Executor
 from treadle_trainer.journal_client import JournalClient
-from treadle_trainer.resident import Resident
+from treadle_trainer.resident import Place, Resident
 
 log = get_logger(__name__)
 
@@ -23,8 +22,8 @@ log = get_logger(__name__)
 class Snapshots:
     """Takes and stores snapshots, at most one of a run at a time."""
 
-    def __init__(self, executor: Executor, loop: DeviceLoop, store: JournalClient, every_steps: int) -> None:
-        self._executor, self._loop, self._store, self._every_steps = executor, loop, store, every_steps
+    def __init__(self, executor: Executor, store: JournalClient, every_steps: int) -> None:
+        self._executor, self._store, self._every_steps = executor, store, every_steps
         self._under_way: dict[str, asyncio.Future[None]] = {}
         self._uploads: set[asyncio.Task[None]] = set()
 
@@ -34,41 +33,36 @@ class Snapshots:
             self.request(resident)
 
     def request(self, resident: Resident) -> asyncio.Future[None]:
-        """Takes a snapshot of the run's last step boundary; the future ends when it is stored, or could not be."""
+        """Takes a snapshot of the run's last step boundary; the future ends when it is stored, or could not be.
+
+        No step or load of the run may be under way.
+        """
         under_way = self._under_way.get(resident.name)
         if under_way is not None:
             return under_way
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         seq, num_failed = resident.order.boundary_seq, resident.order.num_failed
-        if resident.diverged is not None or resident.closed is not None:
+        if resident.diverged is not None or resident.closed is not None or resident.place is Place.STORE:
             done.set_result(None)
             return done
         self._under_way[resident.name] = done
-
-        async def turn() -> None:
-            # Only steps and loads change the state, and those wait for their own turns, which come after this one.
-            try:
-                copy = await self._executor.call(Device.copy_state, resident.name, num_failed)
-            except TreadleError as error:
-                log.warning("snapshot_failed", run=resident.name, reason=error.reason, message=error.message)
-                self._end(resident, done)
-                return
-            snapshot = journal_pb2.Snapshot(seq=seq, step=copy.step, size=len(copy.data), state_digest=copy.digest)
-            task = asyncio.create_task(self._store_copy(resident, snapshot, copy.data, done))
-            self._uploads.add(task)
-            task.add_done_callback(self._uploads.discard)
-
-        self._loop.request_turn(turn)
+        # Queued at once: only steps and loads change the state, and those that come later are queued behind it.
+        copying = self._executor.beside(Device.copy_state, resident.name, num_failed)
+        task = asyncio.create_task(self._store_copy(resident, seq, copying, done))
+        self._uploads.add(task)
+        task.add_done_callback(self._uploads.discard)
         return done
 
     async def _store_copy(
-        self, resident: Resident, snapshot: journal_pb2.Snapshot, data: bytes, done: asyncio.Future[None]
+        self, resident: Resident, seq: int, copying: asyncio.Future[StateCopy], done: asyncio.Future[None]
     ) -> None:
         try:
-            snapshot.sha256 = await self._store.put_blob(data)
+            copy = await copying
+            snapshot = journal_pb2.Snapshot(seq=seq, step=copy.step, size=len(copy.data), state_digest=copy.digest)
+            snapshot.sha256 = await self._store.put_blob(copy.data)
             await resident.wait_until(lambda: resident.results.committed_seq >= snapshot.seq)
             await self._store.write_snapshot(resident.name, resident.facts.epoch, snapshot)
-            resident.snapshot_seq = snapshot.seq
+            resident.snapshot_seq, resident.snapshot_sha256 = snapshot.seq, snapshot.sha256
             log.info("snapshot", run=resident.name, seq=snapshot.seq, step=snapshot.step, size_bytes=snapshot.size)
         except TreadleError as error:
             # The journal still holds everything behind the snapshot before: nothing is lost but time.

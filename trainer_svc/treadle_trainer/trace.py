@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from treadle.internal.v1 import trainer_pb2
@@ -18,12 +20,34 @@ class PassTrace:
         self.num_passes = 0
         self.num_shared_passes = 0
         self.num_tokens = 0
-        self.busy_seconds = 0.0
         self._ring: deque[trainer_pb2.Pass] = deque(maxlen=KEPT_PASSES)
+        self._busy_seconds = 0.0
+        self._num_working = 0
+        self._working_since = 0.0
 
-    def add(self, started: float, took: float, chunks: Sequence[tuple[str, int, int]]) -> None:
+    @property
+    def busy_seconds(self) -> float:
+        """Time in which a pass or an optimizer step, or both, were under way."""
+        return self._busy_seconds + (time.monotonic() - self._working_since if self._num_working else 0.0)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Counts the time inside as busy; what overlaps counts once."""
+        if not self._num_working:
+            self._working_since = time.monotonic()
+        self._num_working += 1
+        try:
+            yield
+        finally:
+            self._num_working -= 1
+            if not self._num_working:
+                self._busy_seconds += time.monotonic() - self._working_since
+
+    def add(
+        self, started: float, took: float, chunks: Sequence[tuple[str, int, int]], num_steps_beside: int = 0
+    ) -> None:
         """Notes a pass that began at `started` (Unix time) with chunks (run, seq, tokens)."""
-        entry = trainer_pb2.Pass()
+        entry = trainer_pb2.Pass(num_steps_beside=num_steps_beside)
         entry.started.FromNanoseconds(int(started * 1e9))
         entry.took.FromNanoseconds(int(took * 1e9))
         shares: dict[str, trainer_pb2.PassShare] = {}
@@ -37,7 +61,6 @@ class PassTrace:
         self._ring.append(entry)
         self.num_passes += 1
         self.num_shared_passes += len(shares) > 1
-        self.busy_seconds += took
 
     def last(self, limit: int) -> list[trainer_pb2.Pass]:
         """Returns the last `limit` passes, newest last."""

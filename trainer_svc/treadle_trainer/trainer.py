@@ -23,15 +23,16 @@ from treadle_trainer.device_loop import DeviceLoop
 from treadle_trainer.executor import Executor
 from treadle_trainer.journal_client import JournalClient
 from treadle_trainer.journal_writer import JournalWriter, Written
-from treadle_trainer.operations import prepare
+from treadle_trainer.operations import lora_config, prepare
 from treadle_trainer.recovery import Recovery
-from treadle_trainer.resident import Resident
+from treadle_trainer.residency import Residency
+from treadle_trainer.resident import Place, Resident
 from treadle_trainer.settings import TrainerSettings
 from treadle_trainer.snapshots import Snapshots
 from treadle_trainer.trace import PassTrace
 
 _HAND_OVER_SECONDS: Final = 60.0
-_HOUSEKEEPING_SECONDS: Final = 5.0
+_HOUSEKEEPING_SECONDS: Final = 1.0
 log = get_logger(__name__)
 
 
@@ -51,9 +52,19 @@ class Trainer:
         self._leaving: dict[str, asyncio.Task[None]] = {}
         worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_TRAINER, address=address)
         self.registration = Registration(store, worker, self.info, settings.lease_seconds / 3, self._load_now)
-        self._loop = DeviceLoop(executor, self.trace, settings.max_tokens_per_pass, self._stepped)
+        self._loop = DeviceLoop(executor, self.trace, device.max_tokens_per_pass, self._stepped)
         self._writer = JournalWriter(store, self._written, self._refused)
-        self.snapshots = Snapshots(executor, self._loop, store, settings.snapshot_every_steps)
+        self.snapshots = Snapshots(executor, store, settings.snapshot_every_steps)
+        self._residency = Residency(
+            executor,
+            self._loop,
+            store,
+            self.snapshots,
+            lambda: self.residents,
+            self._lose,
+            settings.max_resident_bytes,
+        )
+        self._state_bytes = device.num_bytes
         adapters = Adapters(executor, self._loop, store, self.snapshots)
         self._recovery = Recovery(
             executor,
@@ -62,14 +73,19 @@ class Trainer:
             adapters.fetch,
             lambda operation: prepare(operation, device.info, device.split),
             self._loop.wake,
-            min(device.info.max_context, settings.max_tokens_per_pass),
+            min(device.info.max_context, device.max_tokens_per_pass),
             device.info.name,
         )
 
     @property
     def residents(self) -> list[Resident]:
-        """The runs in memory."""
+        """The runs that this trainer holds, wherever their states are."""
         return list(self._residents.values())
+
+    @property
+    def runs_in_memory(self) -> list[str]:
+        """Names of the runs whose states are in memory."""
+        return sorted(run.name for run in self._residents.values() if run.place is not Place.STORE)
 
     @asynccontextmanager
     async def background(self, on_crash: Callable[[BaseException], None]) -> AsyncIterator[None]:
@@ -145,12 +161,17 @@ class Trainer:
         await self._make_room()
         claim = await self._store.claim(name, self.settings.worker, self.address, self.settings.lease_seconds)
         try:
+            num_bytes = self._state_bytes(lora_config(claim.run.lora))
+            await self._residency.make_room(name, num_bytes)
             resident = await self._recovery.load(name, claim)
+            resident.state_bytes = num_bytes
         except TreadleError:
             # Somebody else may be able to; nobody must wait for the lease to expire.
             with suppress(TreadleError):
                 await self._store.release(name, claim.lease.epoch)
             raise
+        finally:
+            self._residency.arrived(name)
         self._residents[name] = resident
         self._loop.add(resident)
         if claim.from_adapter and resident.order.done_seq == 0 and resident.snapshot_seq == 0:
@@ -185,7 +206,7 @@ class Trainer:
         self._loop.remove(resident.name)
         if self._residents.get(resident.name) is resident:
             del self._residents[resident.name]
-        await self._executor.call(Device.drop, resident.name)
+        await self._executor.drop(resident.name)
 
     def _lose(self, resident: Resident, reason: str) -> None:
         """Another worker has the run, or it is gone: nothing of it may be used any more."""
@@ -228,9 +249,10 @@ class Trainer:
                     self._lose(resident, "STALE_LEASE")
 
     async def _tidy(self) -> None:
-        """Hands back runs that nobody has used for a while."""
+        """Parks runs that were not used for a moment, and hands back those that nobody wants any more."""
         while True:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS)
+            self._residency.park_idle(self.settings.park_seconds)
             for resident in self._idle(self.settings.idle_seconds):
                 await self.evict(resident.name)
 
