@@ -40,11 +40,13 @@ def settings_table() -> str:
 
 
 def _row(prefix: str, name: str, field: FieldInfo) -> str:
-    default = field.get_default(call_default_factory=True) if not field.is_required() else PydanticUndefined
-    if isinstance(default, SecretStr) or default in (None, "", PydanticUndefined):
-        shown = "required" if default is PydanticUndefined else ""
+    default = PydanticUndefined if field.is_required() else field.default
+    if field.default_factory is not None:
+        shown = "by the machine"
+    elif isinstance(default, SecretStr) or default in (None, ""):
+        shown = ""
     else:
-        shown = f"`{default}`".replace(str(Path.home()), "~")
+        shown = "required" if default is PydanticUndefined else f"`{default}`"
     return f"| `{prefix}{name.upper()}` | `--{name.replace('_', '-')}` | {shown} | {field.description} |"
 
 

@@ -7,22 +7,11 @@ from typing import Final
 
 import grpc
 
+from treadle.channel import CHANNEL_OPTIONS
 from treadle_service.principal import Principal
 
 Metadata = tuple[tuple[str, str], ...]
 
-# The receiver's look-ahead decides throughput on long links; keepalive finds a peer that vanished without a FIN
-# within 30 s; a pool of its own keeps bulk transfers off the connection that carries operations.
-CHANNEL_OPTIONS: Final = (
-    ("grpc.http2.lookahead_bytes", 16 * 2**20),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
 SERVER_OPTIONS: Final = (
     ("grpc.so_reuseport", 0),
     ("grpc.http2.lookahead_bytes", 16 * 2**20),
