@@ -49,7 +49,7 @@ class PaddedLinear(SegmentedLinear):
 
     def project(self, x_MI: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Tensor | None]]:
         """Return y_MO; x A^T is not kept."""
-        y_MO = F.linear(x_MI, self.weight, self.bias)
+        y_MO = F.linear(x_MI, self.frozen_weight(), self.bias)
         if not segments:
             return y_MO, []
         padded = segments if isinstance(segments, PaddedSegments) else PaddedSegments(segments, x_MI.device)

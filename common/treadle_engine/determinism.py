@@ -35,13 +35,14 @@ def rows_are_invariant(base: BaseModel) -> bool:
     for linear in shapes.values():
         x_MI = torch.randn(most, linear.in_features, generator=generator).to(base.device, base.dtype)
         g_MO = torch.randn(most, linear.out_features, generator=generator).to(base.device, base.dtype)
-        y_MO, g_MI = F.linear(x_MI, linear.weight), g_MO.mm(linear.weight)
+        weight_OI = linear.frozen_weight()
+        y_MO, g_MI = F.linear(x_MI, weight_OI), g_MO.mm(weight_OI)
         for rows in _PROBE_ROWS:
             # Both from the front and from within: the rows must not care where they lie either.
             for start in {0, min(ROW_MULTIPLE, most - rows)}:
                 cut = slice(start, start + rows)
-                if not torch.equal(F.linear(x_MI[cut], linear.weight), y_MO[cut]):
+                if not torch.equal(F.linear(x_MI[cut], weight_OI), y_MO[cut]):
                     return False
-                if not torch.equal(g_MO[cut].mm(linear.weight), g_MI[cut]):
+                if not torch.equal(g_MO[cut].mm(weight_OI), g_MI[cut]):
                     return False
     return True

@@ -244,9 +244,13 @@ class SegmentedLinear(nn.Linear):
             y_MO, _ = self.project(x_MI, self.segments)
         return y_MO.view(*input.shape[:-1], self.out_features)
 
+    def frozen_weight(self) -> Tensor:
+        """Return W [O, I] in compute dtype; valid until any linear of the base is asked again."""
+        return self.weight
+
     def project(self, x_MI: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Tensor | None]]:
         """Return y_MO and each segment's x A^T (None where it has no LoRA here)."""
-        y_MO = F.linear(x_MI, self.weight, self.bias)
+        y_MO = F.linear(x_MI, self.frozen_weight(), self.bias)
         lows: list[Tensor | None] = []
         for segment in segments:
             pair = segment.pair(self.site)
@@ -268,7 +272,10 @@ class SegmentedLinear(nn.Linear):
         into: Tensor | None = None,
     ) -> Tensor | None:
         """Accumulate dA and dB segment by segment, in order; return dx_MI, added to `into`, if it is needed."""
-        g_MI = None if not need_input else g_MO.mm(self.weight) if into is None else into.addmm_(g_MO, self.weight)
+        g_MI: Tensor | None = None
+        if need_input:
+            weight_OI = self.frozen_weight()
+            g_MI = g_MO.mm(weight_OI) if into is None else into.addmm_(g_MO, weight_OI)
         for segment, low_NR in zip(segments, lows, strict=True):
             pair, grads = segment.pair(self.site), segment.grad_pair(self.site)
             if low_NR is None or pair is None or segment.weights is None or (g_MI is None and grads is None):
