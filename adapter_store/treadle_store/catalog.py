@@ -126,6 +126,7 @@ def to_run(row: RunRow, now_us: int) -> training_pb2.Run:
         worker=row.holder if held else "",
         epoch=row.epoch or 0,
         state=row.state,
+        divergence=training_pb2.Divergence.FromString(row.divergence) if row.divergence else None,
     )
 
 

@@ -19,8 +19,9 @@ from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, inser
 from treadle.errors import make_error
 from treadle.internal.v1 import journal_pb2
 from treadle.names import RunName
+from treadle.v1 import training_pb2
 from treadle_store.catalog import RunRow, fetch_run, to_run
-from treadle_store.clock import to_duration
+from treadle_store.clock import to_duration, to_timestamp
 from treadle_store.tables import leases, ops, results, runs, snapshots
 
 # The statements of every write, built once: putting one together costs more than running it.
@@ -161,6 +162,24 @@ def write_snapshot(connection: Connection, name: RunName, epoch: int, snapshot: 
     covered = (ops.c.tenant == name.tenant, ops.c.run == name.run, ops.c.seq <= snapshot.seq)
     connection.execute(update(ops).where(*covered).values(payload=None, payload_sha256=None))
     _truncate(connection, name, row.acked_seq)
+
+
+def mark_diverged(
+    connection: Connection, name: RunName, epoch: int, divergence: training_pb2.Divergence, now_us: int
+) -> None:
+    """Marks a run as diverged and keeps what was found; a second mark changes nothing.
+
+    Raises STALE_LEASE or RUN_NOT_FOUND.
+    """
+    row = check_epoch(connection, name, epoch)
+    if row.state == training_pb2.RUN_STATE_DIVERGED:
+        return
+    kept = training_pb2.Divergence()
+    kept.CopyFrom(divergence)
+    kept.found.CopyFrom(to_timestamp(now_us))
+    here = (runs.c.tenant == name.tenant, runs.c.run == name.run)
+    values = {"state": training_pb2.RUN_STATE_DIVERGED, "divergence": kept.SerializeToString()}
+    connection.execute(update(runs).where(*here).values(**values))
 
 
 def recovery_header(connection: Connection, name: RunName, epoch: int) -> journal_pb2.RecoveryHeader:

@@ -115,6 +115,16 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
         await self._database.write(body)
         return journal_pb2.WriteSnapshotResponse()
 
+    async def MarkDiverged(
+        self, request: journal_pb2.MarkDivergedRequest, context: object
+    ) -> journal_pb2.MarkDivergedResponse:
+        """Marks a run as diverged."""
+        name, epoch, found = visible_run(request.run), request.epoch, request.divergence
+        await self._database.write(
+            lambda connection: journal.mark_diverged(connection, name, epoch, found, self._clock())
+        )
+        return journal_pb2.MarkDivergedResponse()
+
     async def RecoverRun(
         self, request: journal_pb2.RecoverRunRequest, context: object
     ) -> AsyncIterator[journal_pb2.RecoverRunResponse]:

@@ -68,6 +68,7 @@ runs: Final = Table(
     Column("last_done_seq", BigInteger, nullable=False),  # every result up to here is recorded
     Column("acked_seq", BigInteger, nullable=False),  # every result up to here was delivered
     Column("created_us", BigInteger, nullable=False),
+    Column("divergence", LargeBinary),  # serialized treadle.v1.Divergence of a diverged run
     # Makes deduplication safe under concurrent retries. SQL takes NULLs as distinct, so a run that was made without
     # a request id never clashes.
     UniqueConstraint("tenant", "request_id"),

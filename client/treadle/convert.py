@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from treadle.records import (
     AdapterFile,
     AdapterInfo,
+    Divergence,
     KeyInfo,
     RunInfo,
     ServerCapabilities,
@@ -117,6 +118,17 @@ def run_from(run: training_pb2.Run) -> RunInfo:
         worker=run.worker,
         epoch=run.epoch,
         state=state,
+        divergence=_divergence_from(run.divergence) if run.HasField("divergence") else None,
+    )
+
+
+def _divergence_from(found: training_pb2.Divergence) -> Divergence:
+    return Divergence(
+        seq=found.seq,
+        recorded_digest=found.recorded_digest.hex(),
+        replayed_digest=found.replayed_digest.hex(),
+        message=found.message,
+        found=time_from(found.found),
     )
 
 

@@ -57,6 +57,17 @@ class ServerCapabilities:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """Where a replay gave other bits than the journal had recorded; digests are hexadecimal."""
+
+    seq: int
+    recorded_digest: str
+    replayed_digest: str
+    message: str
+    found: datetime
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """A run in the catalog."""
 
@@ -70,6 +81,7 @@ class RunInfo:
     worker: str
     epoch: int
     state: Literal["active", "diverged"]
+    divergence: Divergence | None = None
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.gateway.conftest import BASE, Front
+from tests.gateway.conftest import BASE, TOKEN, Front
 from treadle.cli import COMMANDS
 from treadle.cli.lazy import LazyGroup
 from treadle.cli.settings import UpFile
+from treadle.internal.v1 import journal_pb2, journal_pb2_grpc
+from treadle.v1 import training_pb2
+from treadle_service.channels import internal_metadata
 
 
 async def treadle(front: Front, *arguments: str, **environment: str) -> Result:
@@ -54,6 +57,22 @@ async def test_runs_are_listed_shown_and_deleted(front: Front) -> None:
     assert (await treadle(front, "run", "list", **environment)).stdout == "no runs\n"
     assert await rows(front, "adapter", "list", **environment) == []
     assert [row["worker"] for row in await rows(front, "worker", "list")] == ["trainer-0"]
+
+
+async def test_a_diverged_run_shows_both_digests(front: Front) -> None:
+    """`treadle run show` says at which operation a replay differed, and how."""
+    await front.add_peer()
+    key = await front.tenant("acme", "train")
+    run = await front.new_run(key)
+    await front.claim(run, "trainer-0", "127.0.0.1:1")
+    found = training_pb2.Divergence(seq=4, recorded_digest=b"\x01\x02", replayed_digest=b"\x03", message="differs")
+    mark = journal_pb2.MarkDivergedRequest(run=run, epoch=1, divergence=found)
+    await journal_pb2_grpc.JournalServiceStub(front.store_channel).MarkDiverged(mark, metadata=internal_metadata(TOKEN))
+    environment = {"TREADLE_API_KEY": key[0][1].removeprefix("Bearer ")}
+    assert [row["state"] for row in await rows(front, "run", "list", **environment)] == ["diverged"]
+    shown = await rows(front, "run", "show", run, **environment)
+    assert (shown["diverged_at"], shown["recorded_digest"], shown["replayed_digest"]) == (4, "0102", "03")
+    assert shown["divergence"] == "differs"
 
 
 async def test_an_error_is_one_line_with_its_reason(front: Front) -> None:

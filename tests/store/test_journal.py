@@ -6,7 +6,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from tests.store.conftest import entry, reason_of, serve
 from treadle.internal.v1 import journal_pb2
-from treadle.v1 import adapters_pb2
+from treadle.v1 import adapters_pb2, training_pb2
 
 
 async def snapshot(store, run: str, epoch: int, seq: int, content: bytes = b"weights") -> str:
@@ -254,3 +254,23 @@ async def test_all_is_there_after_a_restart(settings, clock):
         assert await store.write(entry(run, epoch, [3])) == [""]
         _, operations = await store.recover(run, epoch)
         assert [(o.seq, o.result) for o in operations] == [(1, b"result 1"), (2, b""), (3, b"")]
+
+
+async def test_a_run_stays_marked_as_diverged(store):
+    """Only the holder of the lease marks it; what was found first is shown from then on."""
+    run = await store.new_run()
+    epoch = await store.claim(run)
+    shown = (await store.journal.LookupRun(journal_pb2.LookupRunRequest(run=run))).run
+    assert (shown.state, shown.HasField("divergence")) == (training_pb2.RUN_STATE_ACTIVE, False)
+
+    def mark(epoch: int, seq: int):
+        found = training_pb2.Divergence(seq=seq, recorded_digest=b"a", replayed_digest=b"b", message="differs")
+        return store.journal.MarkDiverged(journal_pb2.MarkDivergedRequest(run=run, epoch=epoch, divergence=found))
+
+    assert await reason_of(mark(epoch + 1, 3)) == "STALE_LEASE"
+    assert [await reason_of(mark(epoch, seq)) for seq in (4, 5)] == ["", ""]
+    shown = (await store.journal.LookupRun(journal_pb2.LookupRunRequest(run=run))).run
+    assert shown.state == training_pb2.RUN_STATE_DIVERGED
+    found = shown.divergence
+    assert (found.seq, found.recorded_digest, found.replayed_digest, found.message) == (4, b"a", b"b", "differs")
+    assert found.found.seconds > 0

@@ -170,7 +170,7 @@ async def test_a_trainer_whose_lease_was_taken_writes_no_more(tmp_path: Path) ->
 
 
 async def test_a_replay_that_gives_other_bits_makes_the_run_read_only(tmp_path: Path) -> None:
-    """DIVERGED names both digests instead of going on in silence."""
+    """DIVERGED names both digests instead of going on in silence, in results and in the catalog, for ever."""
     async with serving_store(tmp_path) as store:
         async with serving_trainer(store.address) as bench:
             run = await bench.new_run()
@@ -185,11 +185,20 @@ async def test_a_replay_that_gives_other_bits_makes_the_run_read_only(tmp_path: 
             changed = database.execute("UPDATE results SET state_digest = ? WHERE seq = 4", (b"\x01" * 32,))
             assert changed.rowcount == 1
         database.close()
-        async with serving_trainer(store.address) as bench, bench.stream(run, acked_seq=6) as stream:
-            await stream.send(*steps(1, first_seq=7))
-            results = await stream.results(2)
-    assert [result.error.reason for result in results] == ["DIVERGED", "DIVERGED"]
-    assert "01" * 32 in results[0].error.message
+        for first_seq in (7, 9):
+            # The second trainer need not find it again.
+            async with serving_trainer(store.address) as bench:
+                async with bench.stream(run, acked_seq=first_seq - 1) as stream:
+                    await stream.send(*steps(1, first_seq=first_seq))
+                    results = await stream.results(2)
+                lookup = journal_pb2.LookupRunRequest(run=run)
+                shown = (await bench.journal.LookupRun(lookup, metadata=bench.internal, timeout=5)).run
+            assert [result.error.reason for result in results] == ["DIVERGED", "DIVERGED"]
+            assert "01" * 32 in results[0].error.message
+            assert shown.state == training_pb2.RUN_STATE_DIVERGED
+            found = shown.divergence
+            assert (found.seq, found.recorded_digest, len(found.replayed_digest)) == (4, b"\x01" * 32, 16)
+            assert found.message == results[0].error.message
 
 
 async def test_a_store_that_is_away_for_a_moment_costs_time_only(tmp_path: Path) -> None:

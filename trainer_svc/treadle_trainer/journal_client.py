@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from treadle.errors import from_rpc_error
 from treadle.internal.v1 import journal_pb2
-from treadle.v1 import adapters_pb2
+from treadle.v1 import adapters_pb2, training_pb2
 from treadle_service.store_client import BLOB_SECONDS, StoreClient
 
 
@@ -52,6 +52,11 @@ class JournalClient(StoreClient):
         """Records a snapshot whose blob is stored; STALE_LEASE."""
         request = journal_pb2.WriteSnapshotRequest(run=run, epoch=epoch, snapshot=snapshot)
         await self._retried(lambda: self._unary(self._journal.WriteSnapshot, request))
+
+    async def mark_diverged(self, run: str, epoch: int, divergence: training_pb2.Divergence) -> None:
+        """Marks a run as diverged; STALE_LEASE."""
+        request = journal_pb2.MarkDivergedRequest(run=run, epoch=epoch, divergence=divergence)
+        await self._retried(lambda: self._unary(self._journal.MarkDiverged, request))
 
     async def recover(self, run: str, epoch: int) -> AsyncIterator[journal_pb2.RecoverRunResponse]:
         """Streams the newest snapshot's row and the operations behind it."""

@@ -7,13 +7,14 @@ step is compared with the recorded one. Knows nothing of passes or streams.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from treadle import names
-from treadle.errors import from_operation_error, make_error
+from treadle.errors import TreadleError, from_operation_error, make_error
 from treadle.internal.v1 import journal_pb2
 from treadle.v1 import training_pb2
 from treadle_service.logs import get_logger
@@ -69,6 +70,8 @@ class Recovery:
     wake: Callable[[], None]
     max_context: int
     base: str
+    marking: set[asyncio.Task[None]] = field(default_factory=set)
+    """Runs' divergences on their way to the catalog."""
 
     async def load(self, name: str, claim: journal_pb2.ClaimRunResponse) -> Resident:
         """Returns a claimed run, ready for the device loop; its journal's tail is in its queue."""
@@ -82,12 +85,20 @@ class Recovery:
         order: RunOrder[OpWork] = RunOrder(journal.snapshot_seq, num_failed)
         results = ResultLog(journal.header.acked_seq, journal.done_seq, journal.header.last_seq)
         self.writer.open(name, claim.lease.epoch, journal.header.last_seq)
-        resident = Resident(facts, order, results, writer=self.writer, prepare=self.prepare, wake=self.wake)
+        resident = Resident(
+            facts,
+            order,
+            results,
+            writer=self.writer,
+            prepare=self.prepare,
+            wake=self.wake,
+            on_diverged=self._mark_diverged,
+        )
         resident.snapshot_sha256 = journal.header.snapshot.sha256
         for row in journal.operations:
             await self._queue(resident, row, journal.snapshot_seq)
         if claim.run.state == training_pb2.RUN_STATE_DIVERGED:
-            resident.diverge("a replay gave other bits than the journal recorded; start a new run from a checkpoint")
+            resident.diverge(claim.run.divergence.message)
         log.info(
             "run_loaded",
             run=name,
@@ -97,6 +108,20 @@ class Recovery:
             unfinished=len(order) - max(0, journal.done_seq - journal.snapshot_seq),
         )
         return resident
+
+    def _mark_diverged(self, resident: Resident, found: training_pb2.Divergence) -> None:
+        """Tells the catalog; if that fails, the next replay finds the same again."""
+
+        async def mark() -> None:
+            try:
+                await self.store.mark_diverged(resident.name, resident.facts.epoch, found)
+            except TreadleError as error:
+                log.warning("mark_failed", run=resident.name, reason=error.reason, message=error.message)
+
+        log.error("run_diverged", run=resident.name, seq=found.seq, message=found.message)
+        task = asyncio.create_task(mark())
+        self.marking.add(task)
+        task.add_done_callback(self.marking.discard)
 
     async def _read(self, name: str, epoch: int) -> _Journal:
         journal = _Journal(journal_pb2.RecoveryHeader())

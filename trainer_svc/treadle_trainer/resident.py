@@ -94,8 +94,12 @@ class Resident:
         writer: JournalWriter,
         prepare: Callable[[training_pb2.Operation], PassWork],
         wake: Callable[[], None],
+        on_diverged: Callable[[Resident, training_pb2.Divergence], None],
     ) -> None:
-        """Wires a run up; `wake` tells the device loop that there may be something to do."""
+        """Wires a run up; `wake` tells the device loop that there may be something to do.
+
+        `on_diverged` hears of the first replayed operation that went another way.
+        """
         self.facts, self.order, self.results = facts, order, results
         self.diverged: TreadleError | None = None
         self.closed: TreadleError | None = None
@@ -115,6 +119,7 @@ class Resident:
         self.num_streams = 0
         self.last_used = time.monotonic()
         self._writer, self._prepare, self._wake = writer, prepare, wake
+        self._on_diverged = on_diverged
         self._told_acked_seq = results.acked_seq
         self._changed = asyncio.Event()
         self._preparing: set[asyncio.Task[None]] = set()
@@ -293,12 +298,19 @@ class Resident:
         if recorded is None or self.diverged is not None:
             return
         if isinstance(outcome, TreadleError) and not recorded.failed:
-            self.diverge(f"replaying operation {op.seq} failed where it had succeeded: {outcome.message}")
+            message = f"replaying operation {op.seq} failed where it had succeeded: {outcome.message}"
         elif digest and recorded.state_digest and digest != recorded.state_digest:
-            self.diverge(
+            message = (
                 f"replaying operation {op.seq} gave the state {digest.hex()}, the journal has "
                 f"{recorded.state_digest.hex()}; the run is read-only, start a new one from its last checkpoint"
             )
+        else:
+            return
+        self.diverge(message)
+        found = training_pb2.Divergence(
+            seq=op.seq, recorded_digest=recorded.state_digest, replayed_digest=digest, message=message
+        )
+        self._on_diverged(self, found)
 
     def _stamp(self, op: RunOp, result: training_pb2.OperationResult) -> None:
         now = time.monotonic()

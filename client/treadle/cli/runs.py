@@ -59,10 +59,9 @@ def show(place: Place, name: str) -> None:
         "skipped": skipped,
         "next_seq": found.next_seq,
         "epoch": found.epoch,
-        "state": training_pb2.RunState.Name(found.state).removeprefix("RUN_STATE_").lower(),
         "metadata": dict(found.metadata),
     }
-    print_row(place, {**_short(found), **details})
+    print_row(place, {**_short(found), **details, **_divergence(found)})
 
 
 @run.command()
@@ -80,10 +79,26 @@ def delete(place: Place, name: str) -> None:
 
 
 def _short(found: "training_pb2.Run") -> Row:
+    from treadle.v1 import training_pb2
+
     return {
         "run": found.name,
         "base": found.base,
         "created": found.created.ToJsonString(),
         "done": found.last_done_seq,
         "worker": found.worker or None,
+        "state": training_pb2.RunState.Name(found.state).removeprefix("RUN_STATE_").lower(),
+    }
+
+
+def _divergence(found: "training_pb2.Run") -> Row:
+    if not found.HasField("divergence"):
+        return {}
+    what = found.divergence
+    return {
+        "diverged_at": what.seq,
+        "recorded_digest": what.recorded_digest.hex(),
+        "replayed_digest": what.replayed_digest.hex(),
+        "divergence": what.message,
+        "found": what.found.ToJsonString(),
     }

@@ -22,7 +22,7 @@ RUN_STATE_ACTIVE: RunState
 RUN_STATE_DIVERGED: RunState
 
 class Run(_message.Message):
-    __slots__ = ("name", "base", "lora", "created", "next_seq", "last_done_seq", "metadata", "worker", "epoch", "state")
+    __slots__ = ("name", "base", "lora", "created", "next_seq", "last_done_seq", "metadata", "worker", "epoch", "state", "divergence")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class Run(_message.Message):
     WORKER_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
     name: str
     base: str
     lora: _types_pb2.LoraConfig
@@ -50,7 +51,22 @@ class Run(_message.Message):
     worker: str
     epoch: int
     state: RunState
-    def __init__(self, name: _Optional[str] = ..., base: _Optional[str] = ..., lora: _Optional[_Union[_types_pb2.LoraConfig, _Mapping]] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., next_seq: _Optional[int] = ..., last_done_seq: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ..., worker: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[RunState, str]] = ...) -> None: ...
+    divergence: Divergence
+    def __init__(self, name: _Optional[str] = ..., base: _Optional[str] = ..., lora: _Optional[_Union[_types_pb2.LoraConfig, _Mapping]] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., next_seq: _Optional[int] = ..., last_done_seq: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ..., worker: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[RunState, str]] = ..., divergence: _Optional[_Union[Divergence, _Mapping]] = ...) -> None: ...
+
+class Divergence(_message.Message):
+    __slots__ = ("seq", "recorded_digest", "replayed_digest", "message", "found")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    RECORDED_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    recorded_digest: bytes
+    replayed_digest: bytes
+    message: str
+    found: _timestamp_pb2.Timestamp
+    def __init__(self, seq: _Optional[int] = ..., recorded_digest: _Optional[bytes] = ..., replayed_digest: _Optional[bytes] = ..., message: _Optional[str] = ..., found: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class CreateRunRequest(_message.Message):
     __slots__ = ("base", "lora", "request_id", "metadata", "from_adapter")

@@ -227,6 +227,20 @@ class WriteSnapshotResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class MarkDivergedRequest(_message.Message):
+    __slots__ = ("run", "epoch", "divergence")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    epoch: int
+    divergence: _training_pb2.Divergence
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., divergence: _Optional[_Union[_training_pb2.Divergence, _Mapping]] = ...) -> None: ...
+
+class MarkDivergedResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class RecoverRunRequest(_message.Message):
     __slots__ = ("run", "epoch")
     RUN_FIELD_NUMBER: _ClassVar[int]

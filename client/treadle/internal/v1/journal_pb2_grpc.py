@@ -85,6 +85,11 @@ class JournalServiceStub(object):
                 request_serializer=treadle_dot_internal_dot_v1_dot_journal__pb2.WriteSnapshotRequest.SerializeToString,
                 response_deserializer=treadle_dot_internal_dot_v1_dot_journal__pb2.WriteSnapshotResponse.FromString,
                 _registered_method=True)
+        self.MarkDiverged = channel.unary_unary(
+                '/treadle.internal.v1.JournalService/MarkDiverged',
+                request_serializer=treadle_dot_internal_dot_v1_dot_journal__pb2.MarkDivergedRequest.SerializeToString,
+                response_deserializer=treadle_dot_internal_dot_v1_dot_journal__pb2.MarkDivergedResponse.FromString,
+                _registered_method=True)
         self.RecoverRun = channel.unary_stream(
                 '/treadle.internal.v1.JournalService/RecoverRun',
                 request_serializer=treadle_dot_internal_dot_v1_dot_journal__pb2.RecoverRunRequest.SerializeToString,
@@ -178,6 +183,13 @@ class JournalServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MarkDiverged(self, request, context):
+        """Marks a run as diverged, for ever; the first mark stays. Errors: STALE_LEASE, RUN_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RecoverRun(self, request, context):
         """Streams what a trainer needs to go on: the newest snapshot, then all operations behind it.
         """
@@ -252,6 +264,11 @@ def add_JournalServiceServicer_to_server(servicer, server):
                     servicer.WriteSnapshot,
                     request_deserializer=treadle_dot_internal_dot_v1_dot_journal__pb2.WriteSnapshotRequest.FromString,
                     response_serializer=treadle_dot_internal_dot_v1_dot_journal__pb2.WriteSnapshotResponse.SerializeToString,
+            ),
+            'MarkDiverged': grpc.unary_unary_rpc_method_handler(
+                    servicer.MarkDiverged,
+                    request_deserializer=treadle_dot_internal_dot_v1_dot_journal__pb2.MarkDivergedRequest.FromString,
+                    response_serializer=treadle_dot_internal_dot_v1_dot_journal__pb2.MarkDivergedResponse.SerializeToString,
             ),
             'RecoverRun': grpc.unary_stream_rpc_method_handler(
                     servicer.RecoverRun,
@@ -540,6 +557,33 @@ class JournalService(object):
             '/treadle.internal.v1.JournalService/WriteSnapshot',
             treadle_dot_internal_dot_v1_dot_journal__pb2.WriteSnapshotRequest.SerializeToString,
             treadle_dot_internal_dot_v1_dot_journal__pb2.WriteSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MarkDiverged(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.internal.v1.JournalService/MarkDiverged',
+            treadle_dot_internal_dot_v1_dot_journal__pb2.MarkDivergedRequest.SerializeToString,
+            treadle_dot_internal_dot_v1_dot_journal__pb2.MarkDivergedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,8 @@ class JournalServiceStub:
     """Records a snapshot whose blobs are stored, and drops the payloads of the operations that it covers.
     Errors: STALE_LEASE, BLOB_NOT_FOUND.
     """
+    MarkDiverged: _grpc.UnaryUnaryMultiCallable[_journal_pb2.MarkDivergedRequest, _journal_pb2.MarkDivergedResponse]
+    """Marks a run as diverged, for ever; the first mark stays. Errors: STALE_LEASE, RUN_NOT_FOUND."""
     RecoverRun: _grpc.UnaryStreamMultiCallable[_journal_pb2.RecoverRunRequest, _journal_pb2.RecoverRunResponse]
     """Streams what a trainer needs to go on: the newest snapshot, then all operations behind it."""
     RecordAdapter: _grpc.UnaryUnaryMultiCallable[_journal_pb2.RecordAdapterRequest, _journal_pb2.RecordAdapterResponse]
@@ -98,6 +100,8 @@ class JournalServiceAsyncStub(JournalServiceStub):
     """Records a snapshot whose blobs are stored, and drops the payloads of the operations that it covers.
     Errors: STALE_LEASE, BLOB_NOT_FOUND.
     """
+    MarkDiverged: _aio.UnaryUnaryMultiCallable[_journal_pb2.MarkDivergedRequest, _journal_pb2.MarkDivergedResponse]  # type: ignore[assignment]
+    """Marks a run as diverged, for ever; the first mark stays. Errors: STALE_LEASE, RUN_NOT_FOUND."""
     RecoverRun: _aio.UnaryStreamMultiCallable[_journal_pb2.RecoverRunRequest, _journal_pb2.RecoverRunResponse]  # type: ignore[assignment]
     """Streams what a trainer needs to go on: the newest snapshot, then all operations behind it."""
     RecordAdapter: _aio.UnaryUnaryMultiCallable[_journal_pb2.RecordAdapterRequest, _journal_pb2.RecordAdapterResponse]  # type: ignore[assignment]
@@ -193,6 +197,14 @@ class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
         """Records a snapshot whose blobs are stored, and drops the payloads of the operations that it covers.
         Errors: STALE_LEASE, BLOB_NOT_FOUND.
         """
+
+    @_abc_1.abstractmethod
+    def MarkDiverged(
+        self,
+        request: _journal_pb2.MarkDivergedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_journal_pb2.MarkDivergedResponse, _abc.Awaitable[_journal_pb2.MarkDivergedResponse]]:
+        """Marks a run as diverged, for ever; the first mark stays. Errors: STALE_LEASE, RUN_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def RecoverRun(
