@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, and_, func, insert, not_, select, update
 
 from treadle.errors import make_error
 from treadle.names import check_tenant
@@ -112,6 +112,14 @@ def authenticate(connection: Connection, secret: str, now_us: int) -> Principal:
     if row.revoked or (row.expires_us is not None and row.expires_us <= now_us):
         raise refusal
     return Principal(row.tenant, frozenset(row.scopes.split(",")), row.key_id)
+
+
+def ended_keys(connection: Connection, key_ids: Collection[str], now_us: int) -> list[str]:
+    """Returns those of the keys that are revoked, expired or gone, in the order asked."""
+    expired = and_(keys.c.expires_us.is_not(None), keys.c.expires_us <= now_us)
+    valid = select(keys.c.key_id).where(keys.c.key_id.in_(key_ids), keys.c.revoked.is_(False), not_(expired))
+    good = set(connection.execute(valid).scalars())
+    return [key_id for key_id in key_ids if key_id not in good]
 
 
 def has_keys(connection: Connection) -> bool:

@@ -11,6 +11,7 @@ from treadle_store.database import Database
 from treadle_store.workers import WorkerRegistry
 
 MAX_TTL_SECONDS: Final = 3600.0
+MAX_CHECKED_KEYS: Final = 1000
 
 
 class WorkerService(workers_pb2_grpc.WorkerServiceServicer):
@@ -57,3 +58,12 @@ class IdentityService(identity_pb2_grpc.IdentityServiceServicer):
         return identity_pb2.AuthenticateResponse(
             tenant=principal.tenant, scopes=sorted(principal.scopes), key_id=principal.key_id
         )
+
+    async def CheckKeys(
+        self, request: identity_pb2.CheckKeysRequest, context: object
+    ) -> identity_pb2.CheckKeysResponse:
+        """Tells which keys have ended."""
+        if len(request.key_ids) > MAX_CHECKED_KEYS:
+            raise make_error("BAD_VALUE", f"at most {MAX_CHECKED_KEYS} keys are checked at once")
+        body = partial(identity.ended_keys, key_ids=request.key_ids, now_us=self._clock())
+        return identity_pb2.CheckKeysResponse(ended_key_ids=await self._database.read(body))

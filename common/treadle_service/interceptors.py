@@ -24,7 +24,23 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
     Context = grpc.aio.ServicerContext[Any, Any]
     Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
-    Before = Callable[[grpc.HandlerCallDetails], Awaitable[None]]
+
+
+class RunningCall:
+    """A call that is being answered, and the way to end it from outside its own task."""
+
+    def __init__(self, on_done: Callable[[Callable[[], None]], None]) -> None:
+        """`on_done` takes what to call when gRPC is through with the call, however it ends."""
+        self.on_done = on_done
+        self.ended: TreadleError | None = None
+        self._task = asyncio.current_task()
+
+    def end(self, error: TreadleError) -> None:
+        """Stops the handler; the caller gets `error`. A call that has been ended already stays as it is."""
+        if self.ended is None and self._task is not None and not self._task.done():
+            self.ended = error
+            self._task.cancel()
+
 
 EXEMPT_SERVICES: Final = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 log = get_logger(__name__)
@@ -36,12 +52,15 @@ class WrappingInterceptor(grpc.aio.ServerInterceptor):
     async def before(self, details: grpc.HandlerCallDetails) -> None:
         """Does nothing; a subclass may raise to refuse the call."""
 
+    def entered(self, details: grpc.HandlerCallDetails, call: RunningCall) -> None:
+        """Does nothing; a subclass may count the call in, or raise to refuse it."""
+
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler | None:
         """Wraps the handler that the rest of the chain chose."""
         handler = await continuation(details)
         if handler is None or details.method.startswith(EXEMPT_SERVICES):
             return handler
-        return _wrap(handler, details, self.before)
+        return _wrap(handler, details, self)
 
 
 class ErrorInterceptor(WrappingInterceptor):
@@ -67,18 +86,20 @@ class InternalAuthInterceptor(WrappingInterceptor):
         set_principal(Principal(tenant, frozenset(filter(None, scopes.split(",")))))
 
 
-def _wrap(handler: Handler, details: grpc.HandlerCallDetails, before: Before) -> Handler:
+def _wrap(handler: Handler, details: grpc.HandlerCallDetails, interceptor: WrappingInterceptor) -> Handler:
     behaviour, make = _behaviour(handler)
     streams_out = handler.response_streaming
 
     async def unary(request: Any, context: Context) -> Any:
-        async with _answering(context, details.method):
-            await before(details)
+        async with _answering(context, details.method) as call:
+            await interceptor.before(details)
+            interceptor.entered(details, call)
             return await behaviour(request, context)
 
     async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-        async with _answering(context, details.method):
-            await before(details)
+        async with _answering(context, details.method) as call:
+            await interceptor.before(details)
+            interceptor.entered(details, call)
             async for response in behaviour(request, context):
                 yield response
 
@@ -101,10 +122,16 @@ def _behaviour(handler: Handler) -> tuple[Any, Callable[..., Handler]]:
 
 
 @asynccontextmanager
-async def _answering(context: Context, method: str) -> AsyncIterator[None]:
+async def _answering(context: Context, method: str) -> AsyncIterator[RunningCall]:
+    # The stub's protocol of a callback is a plain class.
+    call = RunningCall(lambda callback: context.add_done_callback(lambda _: callback()))  # type: ignore[arg-type]
     try:
-        yield
-    except (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.UsageError):
+        yield call
+    except asyncio.CancelledError:
+        if call.ended is None:
+            raise
+        await _abort(context, call.ended)
+    except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
     except TreadleError as error:
         await _abort(context, error)

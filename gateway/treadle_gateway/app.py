@@ -12,6 +12,7 @@ import grpc
 from treadle_gateway.auth import AuthInterceptor
 from treadle_gateway.directory import Directory
 from treadle_gateway.forward import Forwarder, Upstreams
+from treadle_gateway.live_calls import CallLimits
 from treadle_gateway.service import PUBLIC_SERVICES, Gateway
 from treadle_gateway.settings import GatewaySettings
 from treadle_service.server import ServiceHost
@@ -20,7 +21,8 @@ from treadle_service.server import ServiceHost
 def make_interceptors(settings: GatewaySettings) -> Sequence[grpc.aio.ServerInterceptor]:
     """Returns the interceptors of a gateway: authentication, which also turns exceptions into statuses."""
     token = settings.internal_token.get_secret_value()
-    return [AuthInterceptor(settings.store_address, token, settings.key_cache_seconds)]
+    limits = CallLimits(settings.max_calls, settings.max_calls_per_tenant, settings.max_streams_per_tenant)
+    return [AuthInterceptor(settings.store_address, token, settings.key_cache_seconds, limits)]
 
 
 @contextlib.asynccontextmanager

@@ -43,6 +43,10 @@ class AsyncCache(Generic[K, V]):
         """Forgets a key."""
         self._entries.pop(key, None)
 
+    def clear(self) -> None:
+        """Forgets everything; who waits for an answer still gets it."""
+        self._entries.clear()
+
     def _forget_failure(self, key: K, done: asyncio.Future[V]) -> None:
         if done.cancelled() or done.exception() is not None:
             entry = self._entries.get(key)

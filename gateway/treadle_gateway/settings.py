@@ -14,5 +14,12 @@ class GatewaySettings(ServiceSettings):
     listen: str = Field("127.0.0.1:7600", description="host:port to serve gRPC on; port 0 takes a free one")
     store_address: str = Field("127.0.0.1:7630", description="host:port of the adapter store")
     refresh_seconds: float = Field(1.0, gt=0, description="time between two looks at the list of live workers")
-    key_cache_seconds: float = Field(2.0, ge=0, description="how long a revoked key may still be taken")
+    key_cache_seconds: float = Field(
+        1.0, ge=0, description="how long a key that another gateway revoked, or that expired, may still be taken"
+    )
     route_cache_seconds: float = Field(2.0, ge=0, description="how long a run's place is remembered")
+    max_calls: int = Field(8192, ge=1, description="calls and streams open at once; beyond it QUEUE_FULL")
+    max_calls_per_tenant: int = Field(512, ge=1, description="calls that one tenant may have open at once")
+    max_streams_per_tenant: int = Field(
+        512, ge=1, description="operation streams that one tenant may have open at once"
+    )

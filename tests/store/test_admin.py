@@ -3,13 +3,16 @@
 import stat
 
 import pytest
+from google.protobuf import descriptor_pool
 from google.protobuf.duration_pb2 import Duration
 
 from tests.store.conftest import reason_of, serve
 from treadle.internal.v1 import identity_pb2, workers_pb2
 from treadle.v1 import admin_pb2
+from treadle_store.__main__ import SERVICES
 from treadle_store.clock import to_timestamp
 from treadle_store.settings import StoreSettings
+from treadle_store.tables import metadata
 
 
 def authenticate(store, secret: str):
@@ -135,3 +138,36 @@ async def test_bad_heartbeats_are_refused(store):
         (admin_pb2.Worker(worker="t", kind=kind), Duration(), "BAD_VALUE"),
     ]:
         assert await reason_of(store.workers.Heartbeat(workers_pb2.HeartbeatRequest(worker=worker, ttl=ttl))) == reason
+
+
+async def test_the_keys_of_open_calls_are_checked_together(store, clock):
+    """Revoked, expired and unknown ones have ended; the others have not."""
+    admin = store.tenant("admin", "admin").admin
+    await admin.CreateTenant(admin_pb2.CreateTenantRequest(tenant="acme"))
+    soon = to_timestamp(clock.now_us + 60_000_000)
+    kept, revoked = [(await admin.CreateKey(admin_pb2.CreateKeyRequest(tenant="acme"))).key.key_id for _ in range(2)]
+    expiring = (await admin.CreateKey(admin_pb2.CreateKeyRequest(tenant="acme", expires=soon))).key.key_id
+    asked = identity_pb2.CheckKeysRequest(key_ids=[kept, revoked, expiring, "nobodys"])
+    assert list((await store.identity.CheckKeys(asked)).ended_key_ids) == ["nobodys"]
+    await admin.RevokeKey(admin_pb2.RevokeKeyRequest(key_id=revoked))
+    clock.advance(61)
+    assert list((await store.identity.CheckKeys(asked)).ended_key_ids) == [revoked, expiring, "nobodys"]
+    too_many = identity_pb2.CheckKeysRequest(key_ids=["k"] * 1001)
+    assert await reason_of(store.identity.CheckKeys(too_many)) == "BAD_VALUE"
+
+
+def test_the_tenant_is_part_of_every_key_of_tenant_data():
+    """Whatever forgets to ask for the tenant then finds nothing instead of somebody else's."""
+    for table in metadata.sorted_tables:
+        assert (table.name, next(iter(table.primary_key.columns)).name) == (table.name, "tenant")
+
+
+@pytest.mark.parametrize("service", SERVICES)
+async def test_no_method_of_the_store_answers_without_the_internal_token(store, service):
+    """Enumerated from the descriptors: neither a user's key nor what a caller says of himself opens it."""
+    descriptor = descriptor_pool.Default().FindServiceByName(service)
+    forged = (("authorization", "Bearer nonsense"), ("x-treadle-tenant", "acme"), ("x-treadle-scopes", "admin"))
+    for method in descriptor.methods:
+        for headers in ((), forged):
+            call = store.channel.stream_stream(f"/{service}/{method.name}")(iter([b""]), metadata=headers)
+            assert (method.name, await reason_of(call)) == (method.name, "UNAUTHENTICATED")

@@ -19,12 +19,15 @@ def key() -> None:
 @key.command()
 @click.argument("tenant")
 @click.option("--scope", "scopes", multiple=True, type=click.Choice(["train", "sample", "admin"]))
+@click.option("--days", type=click.FloatRange(0, min_open=True), help="The key ends after so long; never by default.")
 @place_options
-def create(place: Place, tenant: str, scopes: tuple[str, ...]) -> None:
+def create(place: Place, tenant: str, scopes: tuple[str, ...], days: float | None) -> None:
     """Create a key of TENANT, and TENANT too if there is none; prints the secret, this once.
 
     Without --scope the key may train and sample.
     """
+    import time
+
     import grpc
 
     from treadle.errors import from_rpc_error
@@ -40,6 +43,8 @@ def create(place: Place, tenant: str, scopes: tuple[str, ...]) -> None:
             if from_rpc_error(error).reason != "TENANT_EXISTS":
                 raise
         request = admin_pb2.CreateKeyRequest(tenant=tenant, scopes=scopes)
+        if days is not None:
+            request.expires.FromMilliseconds(int((time.time() + days * 86_400) * 1e3))
         made = admin.CreateKey(request, metadata=place.metadata, timeout=CALL_SECONDS)
     if place.format == "json":
         print_row(place, {**_row(made.key), "secret": made.secret})
@@ -65,7 +70,7 @@ def list_(place: Place, tenant: str) -> None:
 @click.argument("key_id")
 @place_options
 def revoke(place: Place, key_id: str) -> None:
-    """Revoke the key KEY_ID; it stops working within seconds."""
+    """Revoke the key KEY_ID; it stops working at once, and what runs under it is ended."""
     from treadle.v1 import admin_pb2, admin_pb2_grpc
 
     with open_channel(place) as channel:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"treadle/internal/v1/identity.proto\x12\x13treadle.internal.v1\"%\n\x13\x41uthenticateRequest\x12\x0e\n\x06secret\x18\x01 \x01(\t\"F\n\x14\x41uthenticateResponse\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06scopes\x18\x02 \x03(\t\x12\x0e\n\x06key_id\x18\x03 \x01(\t2v\n\x0fIdentityService\x12\x63\n\x0c\x41uthenticate\x12(.treadle.internal.v1.AuthenticateRequest\x1a).treadle.internal.v1.AuthenticateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"treadle/internal/v1/identity.proto\x12\x13treadle.internal.v1\"%\n\x13\x41uthenticateRequest\x12\x0e\n\x06secret\x18\x01 \x01(\t\"F\n\x14\x41uthenticateResponse\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06scopes\x18\x02 \x03(\t\x12\x0e\n\x06key_id\x18\x03 \x01(\t\"#\n\x10\x43heckKeysRequest\x12\x0f\n\x07key_ids\x18\x01 \x03(\t\"*\n\x11\x43heckKeysResponse\x12\x15\n\rended_key_ids\x18\x01 \x03(\t2\xd2\x01\n\x0fIdentityService\x12\x63\n\x0c\x41uthenticate\x12(.treadle.internal.v1.AuthenticateRequest\x1a).treadle.internal.v1.AuthenticateResponse\x12Z\n\tCheckKeys\x12%.treadle.internal.v1.CheckKeysRequest\x1a&.treadle.internal.v1.CheckKeysResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUTHENTICATEREQUEST']._serialized_end=96
   _globals['_AUTHENTICATERESPONSE']._serialized_start=98
   _globals['_AUTHENTICATERESPONSE']._serialized_end=168
-  _globals['_IDENTITYSERVICE']._serialized_start=170
-  _globals['_IDENTITYSERVICE']._serialized_end=288
+  _globals['_CHECKKEYSREQUEST']._serialized_start=170
+  _globals['_CHECKKEYSREQUEST']._serialized_end=205
+  _globals['_CHECKKEYSRESPONSE']._serialized_start=207
+  _globals['_CHECKKEYSRESPONSE']._serialized_end=249
+  _globals['_IDENTITYSERVICE']._serialized_start=252
+  _globals['_IDENTITYSERVICE']._serialized_end=462
 # @@protoc_insertion_point(module_scope)

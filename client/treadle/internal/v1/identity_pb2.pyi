@@ -21,3 +21,15 @@ class AuthenticateResponse(_message.Message):
     scopes: _containers.RepeatedScalarFieldContainer[str]
     key_id: str
     def __init__(self, tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., key_id: _Optional[str] = ...) -> None: ...
+
+class CheckKeysRequest(_message.Message):
+    __slots__ = ("key_ids",)
+    KEY_IDS_FIELD_NUMBER: _ClassVar[int]
+    key_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, key_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class CheckKeysResponse(_message.Message):
+    __slots__ = ("ended_key_ids",)
+    ENDED_KEY_IDS_FIELD_NUMBER: _ClassVar[int]
+    ended_key_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ended_key_ids: _Optional[_Iterable[str]] = ...) -> None: ...

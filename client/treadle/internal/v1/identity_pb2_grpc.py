@@ -40,6 +40,11 @@ class IdentityServiceStub(object):
                 request_serializer=treadle_dot_internal_dot_v1_dot_identity__pb2.AuthenticateRequest.SerializeToString,
                 response_deserializer=treadle_dot_internal_dot_v1_dot_identity__pb2.AuthenticateResponse.FromString,
                 _registered_method=True)
+        self.CheckKeys = channel.unary_unary(
+                '/treadle.internal.v1.IdentityService/CheckKeys',
+                request_serializer=treadle_dot_internal_dot_v1_dot_identity__pb2.CheckKeysRequest.SerializeToString,
+                response_deserializer=treadle_dot_internal_dot_v1_dot_identity__pb2.CheckKeysResponse.FromString,
+                _registered_method=True)
 
 
 class IdentityServiceServicer(object):
@@ -53,6 +58,13 @@ class IdentityServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckKeys(self, request, context):
+        """Tells which of the keys of open calls have ended since: revoked or expired.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IdentityServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_IdentityServiceServicer_to_server(servicer, server):
                     servicer.Authenticate,
                     request_deserializer=treadle_dot_internal_dot_v1_dot_identity__pb2.AuthenticateRequest.FromString,
                     response_serializer=treadle_dot_internal_dot_v1_dot_identity__pb2.AuthenticateResponse.SerializeToString,
+            ),
+            'CheckKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckKeys,
+                    request_deserializer=treadle_dot_internal_dot_v1_dot_identity__pb2.CheckKeysRequest.FromString,
+                    response_serializer=treadle_dot_internal_dot_v1_dot_identity__pb2.CheckKeysResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class IdentityService(object):
             '/treadle.internal.v1.IdentityService/Authenticate',
             treadle_dot_internal_dot_v1_dot_identity__pb2.AuthenticateRequest.SerializeToString,
             treadle_dot_internal_dot_v1_dot_identity__pb2.AuthenticateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.internal.v1.IdentityService/CheckKeys',
+            treadle_dot_internal_dot_v1_dot_identity__pb2.CheckKeysRequest.SerializeToString,
+            treadle_dot_internal_dot_v1_dot_identity__pb2.CheckKeysResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,8 @@ class IdentityServiceStub:
     def __new__(cls, channel: _aio.Channel) -> IdentityServiceAsyncStub: ...
     Authenticate: _grpc.UnaryUnaryMultiCallable[_identity_pb2.AuthenticateRequest, _identity_pb2.AuthenticateResponse]
     """Returns the principal of a key. Errors: UNAUTHENTICATED (unknown, revoked, expired: one answer)."""
+    CheckKeys: _grpc.UnaryUnaryMultiCallable[_identity_pb2.CheckKeysRequest, _identity_pb2.CheckKeysResponse]
+    """Tells which of the keys of open calls have ended since: revoked or expired."""
 
 @_typing.type_check_only
 class IdentityServiceAsyncStub(IdentityServiceStub):
@@ -43,6 +45,8 @@ class IdentityServiceAsyncStub(IdentityServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Authenticate: _aio.UnaryUnaryMultiCallable[_identity_pb2.AuthenticateRequest, _identity_pb2.AuthenticateResponse]  # type: ignore[assignment]
     """Returns the principal of a key. Errors: UNAUTHENTICATED (unknown, revoked, expired: one answer)."""
+    CheckKeys: _aio.UnaryUnaryMultiCallable[_identity_pb2.CheckKeysRequest, _identity_pb2.CheckKeysResponse]  # type: ignore[assignment]
+    """Tells which of the keys of open calls have ended since: revoked or expired."""
 
 class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
     """Verifies API keys."""
@@ -54,5 +58,13 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_identity_pb2.AuthenticateResponse, _abc.Awaitable[_identity_pb2.AuthenticateResponse]]:
         """Returns the principal of a key. Errors: UNAUTHENTICATED (unknown, revoked, expired: one answer)."""
+
+    @_abc_1.abstractmethod
+    def CheckKeys(
+        self,
+        request: _identity_pb2.CheckKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.CheckKeysResponse, _abc.Awaitable[_identity_pb2.CheckKeysResponse]]:
+        """Tells which of the keys of open calls have ended since: revoked or expired."""
 
 def add_IdentityServiceServicer_to_server(servicer: IdentityServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
