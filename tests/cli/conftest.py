@@ -1,5 +1,5 @@
 """The gateway's fixture, for commands that talk to one."""
 
-from tests.gateway.conftest import front
+from tests.gateway.conftest import front, gateway_settings
 
-__all__ = ["front"]
+__all__ = ["front", "gateway_settings"]

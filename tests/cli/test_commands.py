@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,15 @@ async def test_a_key_is_made_listed_and_revoked(front: Front) -> None:
     assert made.exit_code == 0, made.output
     assert made.stdout.startswith("treadle_acme_")
     second = await rows(front, "key", "create", "acme")
-    assert second["scopes"] == ["sample", "train"]
+    assert (second["scopes"], second["expires"]) == (["sample", "train"], None)
     listed = await rows(front, "key", "list", "--tenant", "acme")
     assert [key["scopes"] for key in listed] == [["train"], ["sample", "train"]]
     await rows(front, "key", "revoke", listed[0]["key_id"])
     assert [key["revoked"] for key in await rows(front, "key", "list", "--tenant", "acme")] == [True, False]
     assert {row["tenant"] for row in await rows(front, "tenant", "list")} == {"acme", "admin"}
+    lasting = await rows(front, "key", "create", "acme", "--days", "30")
+    days = datetime.fromisoformat(lasting["expires"]) - datetime.fromisoformat(lasting["created"])
+    assert round(days.total_seconds() / 86_400) == 30
 
 
 async def test_runs_are_listed_shown_and_deleted(front: Front) -> None:
