@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Final, TypeGuard
 
+from treadle import names
 from treadle.errors import TreadleError, make_error
 from treadle.v1 import types_pb2
 
@@ -49,7 +50,7 @@ def check_config(content: bytes, base: str, lora: types_pb2.LoraConfig) -> None:
             raise bad_file(f"{CONFIG_FILE} sets {name}; an adapter here has one rank and LoRA weights only")
     named = config.get("base_model_name_or_path")
     # Folders and owners differ between machines; the last part of the name is what people keep.
-    if isinstance(named, str) and named and _last_part(named) != _last_part(base):
+    if isinstance(named, str) and named and _last_part(named) != _last_part(names.plain_base(base)):
         raise bad_file(f"{CONFIG_FILE} belongs to the base {named[:200]!r}, the run trains {base!r}")
 
 

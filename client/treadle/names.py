@@ -78,6 +78,12 @@ def is_adapter(name: str) -> bool:
     return _ADAPTER_PATTERN.fullmatch(name) is not None
 
 
+def plain_base(name: str) -> str:
+    """Returns the name of the weights of a base, without what says how they are quantized (`@int8`, `@nf4`)."""
+    plain, _, kind = name.rpartition("@")
+    return plain if kind in ("int8", "nf4") else name
+
+
 def check_tenant(tenant: str) -> str:
     """Returns `tenant`, or raises BadNameError."""
     if _TENANT_PATTERN.fullmatch(tenant) is None:

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from treadle_engine.attention import IMPLEMENTATION, AttentionPlan, PackedCausal, PassContext
+from treadle_engine.bases import served_name
 from treadle_engine.errors import EngineError
 from treadle_engine.lean import LeanDecoder, matches
 from treadle_engine.lora import LoraConfig, LoraSite, Segment, SegmentedLinear, SiteKind
+from treadle_engine.quantize import Quantization, Scratch, check_quantization, pack
 
 ROW_MULTIPLE = 16
 """Streams are padded to this many rows: below 16, CPU BLAS picks kernels by the row count, and bits change."""
@@ -36,9 +38,10 @@ _UNSTABLE_ROPE = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """Facts about a base that do not change."""
+    """Facts about a base that do not change; `name` says how it is quantized, `plain_name` is that of its weights."""
 
     name: str
+    plain_name: str
     path: str
     vocab_size: int
     max_context: int
@@ -64,7 +67,7 @@ class BaseModel:
         self.context = PassContext()
         model.requires_grad_(False).train(False)
         self._decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-        self.linears, self._sites = _replace_linears(model, self._decoder)
+        self.linears, self._sites = _replace_linears(model)
         self._unembed = self.linears[-1]
         for module in self._decoder.modules():
             if hasattr(module, "layer_idx"):
@@ -79,9 +82,20 @@ class BaseModel:
         self.logit_cap = float(getattr(text, "final_logit_softcapping", None) or 0.0)
 
     @classmethod
-    def load(cls, path_or_name: str, *, name: str | None = None, dtype: str = "auto", device: str = "cpu") -> BaseModel:
-        """Load a folder or a cached hub name; UNKNOWN_BASE if it is not a causal LM that packed passes can serve."""
-        chosen = _choose_dtype(dtype, torch.device(device))
+    def load(
+        cls,
+        path_or_name: str,
+        *,
+        name: str | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        quantize: str = "none",
+    ) -> BaseModel:
+        """Load a folder or a cached hub name; UNKNOWN_BASE if it is not a causal LM that packed passes can serve.
+
+        `quantize` (none, int8, nf4) packs all linears but the unembedding; such a base is served as `name@quantize`.
+        """
+        chosen, kind = _choose_dtype(dtype, torch.device(device)), check_quantization(quantize)
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 path_or_name, dtype=chosen, attn_implementation=IMPLEMENTATION
@@ -91,8 +105,10 @@ class BaseModel:
         _refuse_unstable(model)
         if torch.device(device).type == "cpu":
             _map_weights(model, Path(path_or_name))
+        info = _describe(model, path_or_name, name or Path(path_or_name).name, kind)
+        _pack_linears(model, kind, torch.device(device))
         model = model.to(device)  # type: ignore[arg-type]
-        base = cls(model, _describe(model, path_or_name, name or Path(path_or_name).name))
+        base = cls(model, info)
         base._check_head()
         return base
 
@@ -104,6 +120,14 @@ class BaseModel:
     def sites(self) -> tuple[LoraSite, ...]:
         """All sites of the base; the unembedding is the last."""
         return self._sites
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights, in bytes, mapped files included."""
+        packed = (linear.packed for linear in self.linears)
+        # A tied unembedding is the embedding: each parameter counts once.
+        held = sum(parameter.nbytes for parameter in self.model.parameters())
+        return held + sum(weight.num_bytes for weight in packed if weight is not None)
 
     @property
     def unembedding(self) -> SegmentedLinear:
@@ -180,8 +204,9 @@ def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return named[dtype]
 
 
-def _replace_linears(model: PreTrainedModel, decoder: nn.Module) -> tuple[list[SegmentedLinear], tuple[LoraSite, ...]]:
-    """Swap every linear of the decoder layers, then the unembedding; return them with their sites, in order."""
+def _find_linears(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
+    """Return every linear of the decoder layers, then the unembedding, by name."""
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, nn.Linear):
         raise EngineError("UNKNOWN_BASE", "the model has no linear unembedding")
@@ -191,10 +216,24 @@ def _replace_linears(model: PreTrainedModel, decoder: nn.Module) -> tuple[list[S
     names = {id(module): name for name, module in model.named_modules()}
     prefix = names[id(layers)]
     found = [(f"{prefix}.{name}", child) for name, child in layers.named_modules() if isinstance(child, nn.Linear)]
-    found.append((names[id(head)], head))
+    return [*found, (names[id(head)], head)]
+
+
+def _pack_linears(model: PreTrainedModel, kind: Quantization, device: torch.device) -> None:
+    """Pack every linear of the decoder layers; embeddings, norms and the unembedding keep their precision."""
+    scratch = Scratch()
+    for name, linear in _find_linears(model)[:-1]:
+        model.set_submodule(name, pack(linear, kind, device, scratch))
+
+
+def _replace_linears(model: PreTrainedModel) -> tuple[list[SegmentedLinear], tuple[LoraSite, ...]]:
+    """Swap every linear of the decoder layers, then the unembedding; return them with their sites, in order."""
+    found = _find_linears(model)
     linears, sites = [], []
     for index, (name, linear) in enumerate(found):
-        kind: SiteKind = "unembed" if linear is head else "attn" if "attn" in name or "attention" in name else "mlp"
+        kind: SiteKind = (
+            "unembed" if index == len(found) - 1 else "attn" if "attn" in name or "attention" in name else "mlp"
+        )
         replacement = SegmentedLinear(linear, index)
         model.set_submodule(name, replacement)
         linears.append(replacement)
@@ -237,14 +276,15 @@ def _parameter(model: PreTrainedModel, name: str) -> nn.Parameter | None:
     return None
 
 
-def _describe(model: PreTrainedModel, path: str, name: str) -> BaseInfo:
+def _describe(model: PreTrainedModel, path: str, name: str, kind: Quantization) -> BaseInfo:
     config = model.config.get_text_config()
     generation: GenerationConfig | None = model.generation_config
     eos = generation.eos_token_id if generation is not None else None
     eos = config.eos_token_id if eos is None else eos
     heads = int(config.num_attention_heads)
     return BaseInfo(
-        name=name,
+        name=served_name(name, kind),
+        plain_name=name,
         path=path,
         vocab_size=int(config.vocab_size),
         max_context=int(config.max_position_embeddings),

@@ -84,9 +84,15 @@ class DecodeBase(BaseModel):
 
     @classmethod
     def load(
-        cls, path_or_name: str, *, name: str | None = None, dtype: str = "auto", device: str = "cpu"
+        cls,
+        path_or_name: str,
+        *,
+        name: str | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        quantize: str = "none",
     ) -> DecodeBase:
         """Load a base for decoding; see `BaseModel.load`."""
-        base = super().load(path_or_name, name=name, dtype=dtype, device=device)
+        base = super().load(path_or_name, name=name, dtype=dtype, device=device, quantize=quantize)
         assert isinstance(base, DecodeBase)  # made by cls
         return base

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle_engine.errors import EngineError
+from treadle_engine.quantize import PackedLinear, PackedWeight
 
 SiteKind = Literal["attn", "mlp", "unembed"]
 Pair = tuple[Tensor, Tensor]
@@ -227,10 +228,13 @@ class SegmentedLinear(nn.Linear):
     """A frozen linear plus the LoRA of whichever adapter owns each row."""
 
     def __init__(self, linear: nn.Linear, site: int) -> None:
-        """Share the weights of `linear`."""
+        """Share the weights of `linear`, which may be packed."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self.packed: PackedWeight | None = None
+        if isinstance(linear, PackedLinear | SegmentedLinear):
+            self.packed = linear.packed
         self.site = site
         self.segments: Sequence[Segment] = ()
         self.anchor: Tensor | None = None
@@ -246,7 +250,7 @@ class SegmentedLinear(nn.Linear):
 
     def frozen_weight(self) -> Tensor:
         """Return W [O, I] in compute dtype; valid until any linear of the base is asked again."""
-        return self.weight
+        return self.weight if self.packed is None else self.packed.unpack()
 
     def project(self, x_MI: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Tensor | None]]:
         """Return y_MO and each segment's x A^T (None where it has no LoRA here)."""

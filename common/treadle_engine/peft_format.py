@@ -100,7 +100,7 @@ def _config_file(base: BaseModel, config: LoraConfig) -> bytes:
         lora_alpha=int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,  # type: ignore[arg-type]
         target_modules=_target_modules(base.sites, base.lora_sites(config)),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base.info.name,
+        base_model_name_or_path=base.info.plain_name,
         inference_mode=True,
     )
     with tempfile.TemporaryDirectory() as folder:

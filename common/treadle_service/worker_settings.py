@@ -5,6 +5,7 @@ Knows nothing of what a worker does with the base.
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -18,6 +19,9 @@ class WorkerSettings(ServiceSettings):
     base: str = Field("pip", description="base to hold: an alias (smollm2, pip), a folder or a hub name")
     base_name: str = Field("", description="name under which the base is served; default: as the base is called")
     dtype: str = Field("auto", description="element type that the base computes in: auto, float32 or bfloat16")
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        "none", description="bits of the frozen linears; int8 and nf4 serve the base as NAME@int8 or NAME@nf4"
+    )
     device: str = Field("cpu", description="torch device")
     threads: int = Field(
         default_factory=lambda: max(1, (os.cpu_count() or 1) // 2), ge=1, description="threads of a CPU device"

@@ -63,7 +63,13 @@ def _loader(settings: SamplerSettings) -> Callable[[], tuple[DecodeBase, Decoder
         settle(settings.threads)
         dtype = "float32" if settings.dtype == "auto" else settings.dtype
         path, name = bases.resolve(settings.base, settings.cache_dir.expanduser(), dtype)
-        base = DecodeBase.load(path, name=settings.base_name or name, dtype=settings.dtype, device=settings.device)
+        base = DecodeBase.load(
+            path,
+            name=settings.base_name or name,
+            dtype=settings.dtype,
+            device=settings.device,
+            quantize=settings.quantize,
+        )
         decoder = Decoder(
             base,
             load_detokenizer(path),

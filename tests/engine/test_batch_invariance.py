@@ -20,13 +20,15 @@ from treadle_engine.passes import Chunk, ChunkResult, TrainingEngine
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
 BASES = ("pip-float32", "pip-bfloat16", "llama-float32", "llama-bfloat16", "qwen3-float32", "gemma-float32")
+QUANTIZED = ("pip-float32-int8", "pip-float32-nf4", "llama-bfloat16-int8", "gemma-float32-nf4")
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=BASES + QUANTIZED)
 def base(request: pytest.FixtureRequest, pip_folder: Path, random_folder: Callable[[str], Path]) -> BaseModel:
-    """Each base in the dtype that its name says."""
-    name, dtype = request.param.split("-")
-    return BaseModel.load(str(pip_folder if name == "pip" else random_folder(name)), dtype=dtype)
+    """Each base in the dtype, and quantized in the way, that its name says."""
+    name, dtype, quantize = (*request.param.split("-"), "none")[:3]
+    folder = pip_folder if name == "pip" else random_folder(name)
+    return BaseModel.load(str(folder), dtype=dtype, quantize=quantize)
 
 
 @pytest.fixture

@@ -43,10 +43,12 @@ def assert_same_bits(left: Outcome, right: Outcome) -> None:
         assert left.prompt_logprobs_T.tobytes() == right.prompt_logprobs_T.tobytes()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_company_changes_no_bit(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float32", "nf4")]
+)
+def test_company_changes_no_bit(dtype: str, quantize: str) -> None:
     """Each request alone, all at once, and joining at odd moments in another order: the same bits."""
-    base = DecodeBase.load(str(pip_folder()), dtype=dtype)
+    base = DecodeBase.load(str(pip_folder()), dtype=dtype, quantize=quantize)
     adapters = []
     for seed, rank in ((1, 8), (2, 3), (3, 16), (4, 1)):
         weights = AdapterWeights.init(base, LoraConfig(rank=rank, seed=seed))

@@ -83,10 +83,12 @@ class Bench:
         await self._store.close()
         await self._trainer.close()
 
-    async def new_run(self, tenant: str = "acme", rank: int = 8, seed: int = 1, from_adapter: str = "") -> str:
+    async def new_run(
+        self, tenant: str = "acme", rank: int = 8, seed: int = 1, from_adapter: str = "", base: str = "treadle/pip"
+    ) -> str:
         """Registers a run and returns its name."""
         request = training_pb2.CreateRunRequest(
-            base="treadle/pip", lora=types_pb2.LoraConfig(rank=rank, alpha=32, seed=seed), from_adapter=from_adapter
+            base=base, lora=types_pb2.LoraConfig(rank=rank, alpha=32, seed=seed), from_adapter=from_adapter
         )
         if from_adapter:
             request.ClearField("lora")

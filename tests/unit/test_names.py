@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treadle.errors import BadNameError
-from treadle.names import RunName, check_id, check_tenant, is_adapter, parse_adapter, parse_run
+from treadle.names import RunName, check_id, check_tenant, is_adapter, parse_adapter, parse_run, plain_base
 
 IDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
 TENANTS = st.from_regex(r"[a-z0-9][a-z0-9-]{0,31}", fullmatch=True)
@@ -51,3 +51,9 @@ def test_any_text_is_accepted_or_refused_but_never_crashes(text: str) -> None:
     for check in (parse_run, parse_adapter, check_id, check_tenant):
         with contextlib.suppress(BadNameError):
             check(text)  # type: ignore[operator]
+
+
+def test_a_base_keeps_its_name_without_its_precision() -> None:
+    """Only what says how a base is quantized is taken off."""
+    assert plain_base("org/model@nf4") == plain_base("org/model@int8") == plain_base("org/model") == "org/model"
+    assert plain_base("model@v2") == "model@v2"

@@ -61,6 +61,7 @@ def _loader(settings: TrainerSettings) -> Callable[[], Device]:
             settings.base_name or name,
             dtype=settings.dtype,
             device=settings.device,
+            quantize=settings.quantize,
             threads=settings.threads,
             max_tokens_per_pass=settings.max_tokens_per_pass,
         )

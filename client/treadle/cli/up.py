@@ -18,6 +18,13 @@ from treadle.cli.settings import DEFAULT_DATA_DIR
 @click.option("--port", type=click.IntRange(0, 65_000), default=7600, show_default=True, help="0 takes a free one.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each worker.  [default: half of the cores]")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option(
+    "--quantize",
+    type=click.Choice(["none", "int8", "nf4"]),
+    default="none",
+    show_default=True,
+    help="Bits of the frozen linears; the base is then served as NAME@int8 or NAME@nf4.",
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.option("--ready-file", type=click.Path(path_type=Path), help="Written when all is ready, like up.json.")
 def up(
@@ -29,6 +36,7 @@ def up(
     port: int,
     threads: int | None,
     dtype: str,
+    quantize: str,
     log_level: str,
     ready_file: Path | None,
 ) -> None:
@@ -43,6 +51,7 @@ def up(
         port=port,
         threads=threads,
         dtype=dtype,
+        quantize=quantize,
         log_level=log_level,
         ready_file=ready_file,
     )

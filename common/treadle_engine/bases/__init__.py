@@ -18,7 +18,7 @@ PIP_NAME = "treadle/pip"
 ALIASES = {"smollm2": SMOLLM2_NAME, "pip": PIP_NAME}
 """Short names that a person may write instead of the public ones."""
 
-__all__ = ["ALIASES", "PIP_NAME", "SMOLLM2_NAME", "pip_folder", "resolve"]
+__all__ = ["ALIASES", "PIP_NAME", "SMOLLM2_NAME", "pip_folder", "resolve", "served_name"]
 
 
 def pip_folder() -> Path:
@@ -45,3 +45,8 @@ def resolve(base: str, cache_dir: Path, dtype: str = "float32") -> tuple[str, st
     if folder.is_absolute() or base.startswith(("./", "../", "~")):
         raise EngineError("UNKNOWN_BASE", f"the base folder {base} does not exist")
     return base, base
+
+
+def served_name(name: str, quantize: str = "none") -> str:
+    """Return the name under which a base is served: other weights are another base, whose runs must not be mixed."""
+    return name if quantize == "none" else f"{name}@{quantize}"
