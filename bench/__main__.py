@@ -7,7 +7,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("foundation", "training")
+NAMES = ("foundation", "training", "weights")
 
 
 def main() -> None:

@@ -13,12 +13,14 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Protocol
 
 from treadle.errors import make_error
 
 _ADDRESS: Final = re.compile(r"[0-9a-f]{64}")
+_INCOMING: Final = re.compile(r"[0-9a-f]{32}")
 
 
 def check_address(sha256: str) -> str:
@@ -54,6 +56,12 @@ class BlobStore(Protocol):
 
     def open_writer(self, sha256: str, size: int) -> BlobWriter:
         """Starts a blob of `size` bytes. Raises BAD_VALUE."""
+
+    def adopt(self, file: str, size: int) -> str | None:
+        """Makes a blob of a file that somebody else wrote into the incoming folder; returns its address.
+
+        None where there is no such file or folder. Raises BAD_VALUE, FRAME_SIZE_MISMATCH.
+        """
 
     def size_of(self, sha256: str) -> int | None:
         """Returns the length of a blob in bytes, None if it is not there; keeps it from being swept for a while."""
@@ -116,6 +124,10 @@ class MemoryBlobs:
     def open_writer(self, sha256: str, size: int) -> BlobWriter:
         """Starts a blob in memory."""
         return _MemoryWriter(self, sha256, size)
+
+    def adopt(self, file: str, size: int) -> str | None:
+        """Returns None: memory is not shared."""
+        return None
 
     def size_of(self, sha256: str) -> int | None:
         """Returns the blob's length."""
@@ -186,6 +198,32 @@ class LocalBlobs:
     def open_writer(self, sha256: str, size: int) -> BlobWriter:
         """Starts a blob in a temporary file."""
         return _LocalWriter(self, sha256, size, self._incoming / secrets.token_hex(16))
+
+    def adopt(self, file: str, size: int) -> str | None:
+        """Hashes and syncs the file, then renames it to its address."""
+        if _INCOMING.fullmatch(file) is None:
+            raise make_error("BAD_VALUE", f"{file[:80]!r} is not the name of an incoming file")
+        path = self._incoming / file
+        try:
+            # Not through a link: it might lead out of the folder.
+            opened = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise make_error("BAD_VALUE", f"the incoming file {file} cannot be opened: {error.strerror}") from error
+        with opened, _disk_trouble():
+            found = os.fstat(opened.fileno()).st_size
+            if found != size:
+                raise make_error("FRAME_SIZE_MISMATCH", f"{found} bytes came, {size} were announced; send it again")
+            # The disk and a core at the same time: each takes about as long as the other.
+            with ThreadPoolExecutor(1) as pool:
+                synced = pool.submit(os.fsync, opened.fileno())
+                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+                synced.result()
+            with self.lock:
+                path.replace(self.path_of(sha256))
+                sync_folder(self.path_of(sha256).parent)
+            return sha256
 
     def size_of(self, sha256: str) -> int | None:
         """Returns the file's length and renews its time."""

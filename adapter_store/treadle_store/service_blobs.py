@@ -48,3 +48,8 @@ class BlobService(blobs_pb2_grpc.BlobServiceServicer):
         """Says whether a blob is there."""
         size = await asyncio.to_thread(self._blobs.size_of, request.sha256)
         return blobs_pb2.StatBlobResponse(complete=size is not None, size=size or 0)
+
+    async def AdoptBlob(self, request: blobs_pb2.AdoptBlobRequest, context: object) -> blobs_pb2.AdoptBlobResponse:
+        """Makes a blob of a file in the incoming folder."""
+        sha256 = await asyncio.to_thread(self._blobs.adopt, request.file, request.size)
+        return blobs_pb2.AdoptBlobResponse(sha256=sha256 or "")

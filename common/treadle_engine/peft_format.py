@@ -6,15 +6,17 @@ everything is checked. This module does not know revisions, stores or optimizers
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
+_DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Features of PEFT that change what an adapter computes and that have no place in the flat layout.
 _UNSUPPORTED = (
     "use_dora",
@@ -44,37 +47,58 @@ _UNSUPPORTED = (
 
 def to_files(base: BaseModel, weights: AdapterWeights, dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
     """Return the two files of a PEFT folder, by name."""
-    tensors = {
-        f"{_PREFIX}{name}": tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in weights.to_tensors().items()
-    }
     return {
-        CONFIG_FILE: _config_file(base, weights.config),
-        WEIGHTS_FILE: safetensors_torch.save(tensors, {"format": "pt"}),
+        CONFIG_FILE: config_file(base, weights.config),
+        WEIGHTS_FILE: b"".join(_weights_parts(weights, dtype)),
     }
 
 
-def from_files(base: BaseModel, files: Mapping[str, bytes]) -> AdapterWeights:
+def config_file(base: BaseModel, config: LoraConfig) -> bytes:
+    """Return `adapter_config.json` of adapters with this configuration."""
+    targets = _target_modules(base.sites, base.lora_sites(config))
+    return _config_file(base.info.plain_name, config, tuple(targets))
+
+
+def write_weights(weights: AdapterWeights, path: Path, dtype: torch.dtype = torch.float32) -> int:
+    """Write `adapter_model.safetensors` to a new file, without a copy in between; return its length in bytes.
+
+    Raises OSError when the file cannot be written.
+    """
+    parts = _weights_parts(weights, dtype)
+    size = sum(part.nbytes for part in parts)
+    with path.open("xb") as file:
+        # Blocks that are asked for at once are written several times faster than those that a file grows by.
+        os.posix_fallocate(file.fileno(), 0, size)
+        for part in parts:
+            file.write(part)
+    return size
+
+
+def from_files(base: BaseModel, files: Mapping[str, bytes | Path]) -> AdapterWeights:
     """Read a PEFT adapter; BAD_ADAPTER_FILE if it is malformed, INCOMPATIBLE_ADAPTER if the base has no place for it.
 
+    A file is given by its bytes or by where it lies; from there the weights are mapped, not read into memory first.
     Rank, alpha and trained kinds come from the file. A site that its kind covers but the file lacks starts as in a
     new adapter: B zero, so that logits are those of the file.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if name not in files:
             raise EngineError("BAD_ADAPTER_FILE", f"{name} is missing; only safetensors are read")
-    settings = _parse_config(files[CONFIG_FILE])
-    try:
-        tensors = safetensors_torch.load(files[WEIGHTS_FILE])
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise EngineError("BAD_ADAPTER_FILE", f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
-    named = _strip(tensors)
+    settings_file = files[CONFIG_FILE]
+    settings = _parse_config(settings_file if isinstance(settings_file, bytes) else settings_file.read_bytes())
+    named = _strip(_read_tensors(files[WEIGHTS_FILE]))
     config = _lora_config(base, settings, named)
-    initial = AdapterWeights.init(base, config).to_tensors()
     for name, value in named.items():
-        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not bool(value.isfinite().all()):
-            raise EngineError("BAD_ADAPTER_FILE", f"{name} is not a finite float tensor")
-    return AdapterWeights.from_tensors(base, config, {**initial, **named})
+        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise EngineError("BAD_ADAPTER_FILE", f"{name} is not a float tensor")
+    if _lacks_sites(base, config, named):
+        named = {**AdapterWeights.init(base, config).to_tensors(), **named}
+    weights = AdapterWeights.from_tensors(base, config, named)
+    # One sweep over the whole buffer; extremes of what holds a NaN or an infinity are not finite.
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(weights.flat)):
+        wrong = [name for name, value in weights.to_tensors().items() if not bool(value.isfinite().all())]
+        raise EngineError("BAD_ADAPTER_FILE", f"values that are not finite numbers: {wrong[:3]}")
+    return weights
 
 
 def save_adapter(folder: Path, base: BaseModel, weights: AdapterWeights, dtype: torch.dtype = torch.float32) -> None:
@@ -90,7 +114,45 @@ def load_adapter(folder: Path, base: BaseModel) -> AdapterWeights:
     return from_files(base, {name: (folder / name).read_bytes() for name in names})
 
 
-def _config_file(base: BaseModel, config: LoraConfig) -> bytes:
+def _read_tensors(file: bytes | Path) -> dict[str, Tensor]:
+    """Return the file's tensors; of a path they are views of the mapped file."""
+    try:
+        if isinstance(file, bytes):
+            return safetensors_torch.load(file)
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise EngineError("BAD_ADAPTER_FILE", f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
+
+
+def _lacks_sites(base: BaseModel, config: LoraConfig, named: Mapping[str, Tensor]) -> bool:
+    """Tell whether a site that the configuration covers has no weights in the file."""
+    return any(tensor_name(site, letter) not in named for site in base.lora_sites(config) for letter in "AB")
+
+
+def _weights_parts(weights: AdapterWeights, dtype: torch.dtype) -> list[memoryview]:
+    """Return a safetensors file in pieces, the weights uncopied where dtype and device allow.
+
+    The bytes are those that `safetensors` itself writes; that would copy the weights twice, which for tens of megabytes
+    takes longer than everything else that is done with them.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # JSON values
+    parts: list[memoryview] = []
+    end = 0
+    for name, tensor in sorted(weights.to_tensors().items()):
+        part = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data
+        offsets = [end, end + part.nbytes]
+        entry = {"dtype": _DTYPE_CODES[dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        header[f"{_PREFIX}{name}"] = entry
+        parts.append(part)
+        end += part.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [memoryview(len(text).to_bytes(8, "little")), memoryview(text), *parts]
+
+
+@functools.lru_cache(maxsize=64)
+def _config_file(base_name: str, config: LoraConfig, target_modules: tuple[str, ...]) -> bytes:
     # Importing PEFT takes seconds, which a process should not spend before it has an adapter to write.
     import peft
 
@@ -98,9 +160,9 @@ def _config_file(base: BaseModel, config: LoraConfig) -> bytes:
         r=config.rank,
         # PEFT declares an integer; a fraction is written only where the run has one.
         lora_alpha=int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,  # type: ignore[arg-type]
-        target_modules=_target_modules(base.sites, base.lora_sites(config)),
+        target_modules=list(target_modules),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base.info.plain_name,
+        base_model_name_or_path=base_name,
         inference_mode=True,
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import google_crc32c
@@ -32,7 +34,9 @@ T = TypeVar("T")
 class StoreClient:
     """Calls to one adapter store over two channels: one for short calls, one for blobs."""
 
-    def __init__(self, address: str, token: str) -> None:
+    def __init__(self, address: str, token: str, shared_blobs: Path | None = None) -> None:
+        """`shared_blobs` is the store's blob folder, if this process reaches it."""
+        self._shared_blobs = shared_blobs
         self._channel, self._blob_channel = open_channel(address), open_channel(address)
         self._metadata = internal_metadata(token)
         self._journal = journal_pb2_grpc.JournalServiceStub(self._channel)
@@ -90,6 +94,33 @@ class StoreClient:
             raise make_error("CHECKSUM_MISMATCH", f"blob {sha256} arrived with the sha256 {found}")
         return data
 
+    def new_file(self) -> Path | None:
+        """Returns where to write a new file for `put_file`; None when the store's blob folder is not shared."""
+        incoming = self._shared_blobs / "incoming" if self._shared_blobs is not None else None
+        return incoming / secrets.token_hex(16) if incoming is not None and incoming.is_dir() else None
+
+    async def put_file(self, path: Path) -> str:
+        """Gives the store a file that lies at a `new_file`, and returns its sha256; the file is gone afterwards."""
+        with path.open("rb") as file:
+            request = blobs_pb2.AdoptBlobRequest(file=path.name, size=path.stat().st_size)
+            try:
+                answer: blobs_pb2.AdoptBlobResponse = await self._retried(
+                    lambda: self._unary(self._blobs.AdoptBlob, request)
+                )
+                # A store that sees another folder, or was started again before it answered, has no such file; what was
+                # written is still here.
+                return answer.sha256 or await self.put_blob(await asyncio.to_thread(file.read))
+            finally:
+                path.unlink(missing_ok=True)
+
+    async def get_file(self, sha256: str) -> bytes | Path:
+        """Returns a blob's bytes or, in a shared folder, where they lie; BLOB_NOT_FOUND, CHECKSUM_MISMATCH."""
+        if self._shared_blobs is not None:
+            path = self._shared_blobs / sha256[:2] / sha256[2:]
+            if await asyncio.to_thread(_holds, path, sha256):
+                return path
+        return await self.get_blob(sha256)
+
     async def _has_blob(self, sha256: str) -> bool:
         request = blobs_pb2.StatBlobRequest(sha256=sha256)
         response: blobs_pb2.StatBlobResponse = await self._unary(self._blobs.StatBlob, request)
@@ -127,3 +158,12 @@ class StoreClient:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         return await call()
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    """Tells whether a file is there and is what its address says."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    except OSError:
+        return False

@@ -16,6 +16,11 @@ class WorkerSettings(ServiceSettings):
     """Settings of any worker; a role adds its prefix and its own."""
 
     store_address: str = Field("127.0.0.1:7630", description="host:port of the adapter store")
+    shared_blobs: Path | None = Field(
+        None,
+        description="the store's blob folder, where this worker reaches it: weights are then handed over and mapped in "
+        "place instead of sent; default: they are sent",
+    )
     base: str = Field("pip", description="base to hold: an alias (smollm2, pip), a folder or a hub name")
     base_name: str = Field("", description="name under which the base is served; default: as the base is called")
     dtype: str = Field("auto", description="element type that the base computes in: auto, float32 or bfloat16")

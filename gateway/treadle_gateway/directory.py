@@ -180,7 +180,8 @@ class Directory:
                 raise model_not_found(model) if raised.reason == "ADAPTER_NOT_FOUND" else raised from error
             return answer.adapter.base
 
-        return await self._adapter_bases.get(model, load), model
+        # A run's revisions share its base: a new one of a known run costs no question.
+        return await self._adapter_bases.get(str(name.run_name), load), model
 
 
 def store_error(error: grpc.aio.AioRpcError) -> TreadleError:

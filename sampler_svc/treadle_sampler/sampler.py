@@ -49,10 +49,17 @@ class StoreSource:
         started = time.monotonic()
         adapter = await self._lookup(name)
         wanted = [file for file in adapter.files if file.path in (CONFIG_FILE, WEIGHTS_FILE)]
-        contents = await asyncio.gather(*(self.store.get_blob(file.sha256) for file in wanted))
+        contents = await asyncio.gather(*(self.store.get_file(file.sha256) for file in wanted))
+        fetched = time.monotonic()
         files = {file.path: content for file, content in zip(wanted, contents, strict=True)}
         weights = await self.engine.call(lambda: from_files(self.base, files))
-        log.info("revision_loaded", revision=name, num_bytes=weights.num_bytes, seconds=time.monotonic() - started)
+        log.info(
+            "revision_loaded",
+            name=name,
+            num_bytes=weights.num_bytes,
+            fetch_seconds=fetched - started,
+            read_seconds=time.monotonic() - fetched,
+        )
         return weights
 
     async def _lookup(self, name: str) -> adapters_pb2.Adapter:

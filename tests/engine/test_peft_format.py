@@ -16,8 +16,16 @@ from tests.engine.builders import make_state
 from treadle_engine.attention import PackedCausal
 from treadle_engine.base_model import BaseModel
 from treadle_engine.errors import EngineError
-from treadle_engine.lora import AdapterWeights, Segment
-from treadle_engine.peft_format import CONFIG_FILE, WEIGHTS_FILE, from_files, load_adapter, save_adapter, to_files
+from treadle_engine.lora import AdapterWeights, LoraConfig, Segment
+from treadle_engine.peft_format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    from_files,
+    load_adapter,
+    save_adapter,
+    to_files,
+    write_weights,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
@@ -123,3 +131,17 @@ def test_bad_files_are_refused(
     with pytest.raises(EngineError) as caught:
         from_files(pip, files)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_are_those_of_safetensors(pip: BaseModel, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Byte for byte what the library writes, in memory and on disk; a mapped file gives the same weights."""
+    weights = AdapterWeights.init(pip, LoraConfig(rank=5, seed=3, train_mlp=False))
+    named = {f"base_model.model.{name}": value.to(dtype) for name, value in weights.to_tensors().items()}
+    files = to_files(pip, weights, dtype)
+    assert files[WEIGHTS_FILE] == save(named, {"format": "pt"})
+    path = tmp_path / "weights"
+    assert write_weights(weights, path, dtype) == len(files[WEIGHTS_FILE])
+    assert path.read_bytes() == files[WEIGHTS_FILE]
+    mapped = from_files(pip, {CONFIG_FILE: files[CONFIG_FILE], WEIGHTS_FILE: path})
+    assert torch.equal(mapped.flat, from_files(pip, files).flat)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -156,3 +157,37 @@ async def test_bad_streams_are_refused(store):
         assert await reason_of(store.blobs.PutBlob(iter(bad))) == reason
     assert not (await store.blobs.StatBlob(blobs_pb2.StatBlobRequest(sha256=ADDRESS))).complete
     assert await reason_of(store.blobs.GetBlob(blobs_pb2.GetBlobRequest(sha256=ADDRESS))) == "BLOB_NOT_FOUND"
+
+
+def incoming(tmp_path: Path, content: bytes = CONTENT) -> Path:
+    path = tmp_path / "blobs" / "incoming" / secrets.token_hex(16)
+    path.write_bytes(content)
+    return path
+
+
+def test_a_file_in_the_shared_folder_is_adopted_in_place(tmp_path: Path) -> None:
+    """It becomes a blob without being copied; a second one of the same content changes nothing."""
+    blobs = LocalBlobs(tmp_path / "blobs")
+    path = incoming(tmp_path)
+    inode = path.stat().st_ino
+    assert blobs.adopt(path.name, len(CONTENT)) == ADDRESS
+    assert blobs.path_of(ADDRESS).stat().st_ino == inode
+    assert blobs.read(ADDRESS, 0, len(CONTENT)) == CONTENT
+    assert blobs.adopt(incoming(tmp_path).name, len(CONTENT)) == ADDRESS
+    assert list((tmp_path / "blobs" / "incoming").iterdir()) == []
+    assert list(blobs.addresses()) == [ADDRESS]
+
+
+def test_what_is_no_whole_incoming_file_is_not_adopted(tmp_path: Path) -> None:
+    """Absent ones are left to PutBlob; a wrong length, a link and a path are refused."""
+    blobs = LocalBlobs(tmp_path / "blobs")
+    assert blobs.adopt("0" * 32, 5) is None
+    with pytest.raises(TreadleError, match="FRAME_SIZE_MISMATCH"):
+        blobs.adopt(incoming(tmp_path).name, len(CONTENT) + 1)
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "blobs" / "incoming" / ("a" * 32)).symlink_to(tmp_path / "secret")
+    with pytest.raises(TreadleError, match="BAD_VALUE"):
+        blobs.adopt("a" * 32, 6)
+    with pytest.raises(TreadleError, match="BAD_VALUE"):
+        blobs.adopt("../../secret", 6)
+    assert list(blobs.addresses()) == []

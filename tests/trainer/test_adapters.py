@@ -1,8 +1,10 @@
 """Saving and loading through a real store."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.trainer.harness import Bench, forward_backward, metadata_of, optim_step, steps
+from tests.trainer.harness import Bench, forward_backward, metadata_of, optim_step, serving, steps
 from treadle.v1 import adapters_pb2, adapters_pb2_grpc, training_pb2
 from treadle_service.channels import open_channel
 
@@ -37,6 +39,23 @@ async def test_a_checkpoint_brings_back_the_same_numbers(bench: Bench) -> None:
     for before, after in zip(results[5:8], again[1:4], strict=True):
         assert before.forward_backward.outputs == after.forward_backward.outputs
         assert dict(before.optim_step.metrics) == dict(after.optim_step.metrics)
+
+
+async def test_a_shared_folder_changes_no_byte(tmp_path: Path) -> None:
+    """Written into the store's folder, a revision is called by the same content as one that was sent."""
+    names = []
+    for place, shared in (("sent", None), ("shared", tmp_path / "shared" / "blobs")):
+        async with serving(tmp_path / place, shared_blobs=shared) as bench:
+            run = await bench.new_run()
+            async with bench.stream(run) as stream:
+                await stream.send(*steps(1), publish(3), load(4, f"{run}/revisions/none", with_optimizer=False))
+                results = await stream.results(4)
+                revision = results[2].save_weights_for_sampler.revision
+                await stream.send(load(5, revision, with_optimizer=False))
+                assert not (await stream.results(1))[0].HasField("error")
+        names.append(revision.rpartition("/")[2])
+    assert names[0] == names[1]
+    assert list((tmp_path / "shared" / "blobs" / "incoming").iterdir()) == []
 
 
 async def test_a_new_run_starts_from_a_checkpoint(bench: Bench) -> None:

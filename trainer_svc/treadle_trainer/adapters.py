@@ -6,14 +6,17 @@ operation itself is durable, and writing it again after a crash changes nothing.
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from treadle import names
 from treadle.errors import TreadleError, make_error
 from treadle.v1 import adapters_pb2, training_pb2
 from treadle_engine.peft_format import WEIGHTS_FILE
+from treadle_service.logs import get_logger
 from treadle_trainer import operations
 from treadle_trainer.device import OPTIMIZER_FILE, Device
 from treadle_trainer.device_loop import DeviceLoop
@@ -25,6 +28,7 @@ from treadle_trainer.snapshots import Snapshots
 
 SAVE_STATE: Final = "save_state"
 SAVE_WEIGHTS: Final = "save_weights_for_sampler"
+log = get_logger(__name__)
 
 
 class Adapters:
@@ -37,7 +41,7 @@ class Adapters:
         loop.starters[SAVE_WEIGHTS] = self._start_save
         loop.starters[LOAD_STATE] = lambda resident, op: loop.spawn(self._load(resident, op))
 
-    async def fetch(self, name: str, base: str, *, with_optimizer: bool) -> dict[str, bytes]:
+    async def fetch(self, name: str, base: str, *, with_optimizer: bool) -> dict[str, bytes | Path]:
         """Returns a saved adapter's files by name; ADAPTER_NOT_FOUND, INCOMPATIBLE_ADAPTER, NO_OPTIMIZER_STATE."""
         adapter = await self._store.lookup_adapter(name)
         if adapter.base != base:
@@ -49,29 +53,34 @@ class Adapters:
             )
         if not with_optimizer:
             present.pop(OPTIMIZER_FILE, None)
-        return {path: await self._store.get_blob(sha256) for path, sha256 in present.items()}
+        return {path: await self._store.get_file(sha256) for path, sha256 in present.items()}
 
     def _start_save(self, resident: Resident, op: RunOp) -> None:
         async def save() -> None:
+            began = time.monotonic()
             try:
                 _check_id(op)
                 files, step = await self._executor.beside(
-                    Device.export, resident.name, with_optimizer=op.kind == SAVE_STATE
+                    Device.export, resident.name, with_optimizer=op.kind == SAVE_STATE, into=self._store.new_file()
                 )
             except TreadleError as error:
                 self._loop.conclude(resident, op, error)
                 return
-            await self._store_adapter(resident, op, files, step)
+            await self._store_adapter(resident, op, files, step, time.monotonic() - began)
 
         self._loop.spawn(save())
 
-    async def _store_adapter(self, resident: Resident, op: RunOp, files: dict[str, bytes], step: int) -> None:
+    async def _store_adapter(
+        self, resident: Resident, op: RunOp, files: dict[str, bytes | Path], step: int, export_seconds: float
+    ) -> None:
+        began = time.monotonic()
         try:
             adapter = adapters_pb2.Adapter(base=resident.facts.base, lora=resident.facts.lora, step=step)
-            for path, data in sorted(files.items()):
-                adapter.files.add(path=path, size=len(data), sha256=await self._store.put_blob(data))
-            adapter.name = _adapter_name(resident.name, op, files, step)
+            stored_files = await asyncio.gather(*(self._put(path, content) for path, content in sorted(files.items())))
+            adapter.files.extend(stored_files)
+            adapter.name = _adapter_name(resident.name, op, stored_files, step)
             adapter.created.FromNanoseconds(time.time_ns())
+            stored = time.monotonic()
             # An adapter must not outlive an operation that was never accepted.
             await resident.wait_until(lambda: resident.results.appended_seq >= op.seq)
             await self._store.record_adapter(resident.name, resident.facts.epoch, op.seq, adapter)
@@ -83,7 +92,21 @@ class Adapters:
             result.save_state.checkpoint = adapter.name
         else:
             result.save_weights_for_sampler.revision = adapter.name
+        log.info(
+            "revision_saved",
+            name=adapter.name,
+            num_bytes=sum(file.size for file in adapter.files),
+            export_seconds=export_seconds,
+            store_seconds=stored - began,
+            record_seconds=time.monotonic() - stored,
+        )
         self._loop.conclude(resident, op, result)
+
+    async def _put(self, path: str, content: bytes | Path) -> adapters_pb2.AdapterFile:
+        if isinstance(content, bytes):
+            return adapters_pb2.AdapterFile(path=path, size=len(content), sha256=await self._store.put_blob(content))
+        size = content.stat().st_size
+        return adapters_pb2.AdapterFile(path=path, size=size, sha256=await self._store.put_file(content))
 
     async def _load(self, resident: Resident, op: RunOp) -> None:
         with_optimizer = op.work.operation.load_state.with_optimizer
@@ -115,10 +138,11 @@ def _check_id(op: RunOp) -> None:
         names.check_id(chosen)
 
 
-def _adapter_name(run: str, op: RunOp, files: dict[str, bytes], step: int) -> str:
+def _adapter_name(run: str, op: RunOp, files: Sequence[adapters_pb2.AdapterFile], step: int) -> str:
     owner = names.parse_run(run)
     if op.kind == SAVE_STATE:
         return str(owner.adapter("checkpoints", op.work.operation.save_state.checkpoint_id or f"step-{step}"))
     chosen = op.work.operation.save_weights_for_sampler.revision_id
-    content = f"w-{hashlib.sha256(files[WEIGHTS_FILE]).hexdigest()[:12]}"
+    weights = next(file.sha256 for file in files if file.path == WEIGHTS_FILE)
+    content = f"w-{weights[:12]}"
     return str(owner.adapter("revisions", chosen or content))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -24,9 +25,19 @@ from treadle_engine.lora import AdapterLayout, AdapterWeights, LoraConfig
 from treadle_engine.losses import LossSpec
 from treadle_engine.optim import AdamParams, ParkedState, TrainState, optim_step, park, restore, snapshot, unpark
 from treadle_engine.passes import Chunk, ChunkResult, TrainingEngine
-from treadle_engine.peft_format import from_files, to_files, warm_up
+from treadle_engine.peft_format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    config_file,
+    from_files,
+    to_files,
+    warm_up,
+    write_weights,
+)
+from treadle_service.logs import get_logger
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +155,26 @@ class Device:
         tensors["num_failed"] = torch.tensor([num_failed], dtype=torch.int64)
         return StateCopy(save_tensors(tensors), int(tensors["step"]), bytes.fromhex(state.digest()))
 
-    def export(self, run: str, *, with_optimizer: bool) -> tuple[dict[str, bytes], int]:
-        """Returns the run as PEFT files by name, and its step.
+    def export(
+        self, run: str, *, with_optimizer: bool, into: Path | None = None
+    ) -> tuple[dict[str, bytes | Path], int]:
+        """Returns the run as PEFT files by name, and its step; the weights are written to `into` if there is one.
 
         With the optimizer's state the weights are float32, else in the dtype that the base computes in.
         """
         state = self._states[run]
         dtype = torch.float32 if with_optimizer else self._base.dtype
-        files = to_files(self._base, state.weights, dtype)
+        files: dict[str, bytes | Path] = {}
+        if into is None or not _wrote(state.weights, into, dtype):
+            files |= to_files(self._base, state.weights, dtype)
+        else:
+            files |= {CONFIG_FILE: config_file(self._base, state.weights.config), WEIGHTS_FILE: into}
         if with_optimizer:
             moments = {name: value for name, value in snapshot(state).items() if name != "weights"}
             files[OPTIMIZER_FILE] = save_tensors(moments)
         return files, state.step
 
-    def load(self, run: str, config: LoraConfig, files: Mapping[str, bytes], *, with_optimizer: bool) -> Stepped:
+    def load(self, run: str, config: LoraConfig, files: Mapping[str, bytes | Path], *, with_optimizer: bool) -> Stepped:
         """Replaces (or starts) a run by saved files that must fit `config`; clears the gradient.
 
         Without the optimizer's state the moments and the step count restart at zero.
@@ -170,7 +187,8 @@ class Device:
         weights = AdapterWeights(self._base, config, read.flat)
         state = TrainState.fresh(weights)
         if with_optimizer:
-            moments = _parse(files[OPTIMIZER_FILE])
+            content = files[OPTIMIZER_FILE]
+            moments = _parse(content if isinstance(content, bytes) else content.read_bytes())
             state = restore(self._base, config, {**moments, "weights": weights.flat})
         self._states[run] = state
         return Stepped(state.step, bytes.fromhex(state.digest()), {})
@@ -188,6 +206,17 @@ def load_device(
 def count_failed(data: bytes) -> int:
     """Returns the failures that a StateCopy recorded: those that no barrier had reported yet."""
     return int(_parse(data)["num_failed"])
+
+
+def _wrote(weights: AdapterWeights, path: Path, dtype: torch.dtype) -> bool:
+    """Writes a file of weights; False when the folder cannot be written to."""
+    try:
+        write_weights(weights, path, dtype)
+    except OSError as error:
+        log.warning("shared_folder_unusable", path=str(path), error=str(error))
+        path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _shape(config: LoraConfig) -> str:

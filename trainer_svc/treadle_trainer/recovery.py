@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from treadle import names
@@ -34,7 +35,7 @@ log = get_logger(__name__)
 class FetchAdapter(Protocol):
     """How the files of a saved adapter are fetched."""
 
-    async def __call__(self, name: str, base: str, *, with_optimizer: bool) -> dict[str, bytes]:
+    async def __call__(self, name: str, base: str, *, with_optimizer: bool) -> dict[str, bytes | Path]:
         """Returns files by name."""
         ...
 

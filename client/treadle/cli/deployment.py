@@ -93,6 +93,7 @@ class Deployment:
                 "THREADS": str(self.threads),
                 "CACHE_DIR": str(self.cache_dir),
                 "WORKER": f"{role}-0",
+                "SHARED_BLOBS": str(self.data_dir / "blobs"),
             }
         return {f"TREADLE_{role.upper()}_{key}": value for key, value in values.items()}
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftreadle/internal/v1/blobs.proto\x12\x13treadle.internal.v1\"*\n\nBlobHeader\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\")\n\tBlobChunk\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"}\n\x0ePutBlobRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.treadle.internal.v1.BlobHeaderH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.treadle.internal.v1.BlobChunkH\x00\x42\x07\n\x05\x66rame\"\"\n\x0fPutBlobResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"0\n\x0eGetBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"~\n\x0fGetBlobResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.treadle.internal.v1.BlobHeaderH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.treadle.internal.v1.BlobChunkH\x00\x42\x07\n\x05\x66rame\"!\n\x0fStatBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"2\n\x10StatBlobResponse\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x0c\n\x04size\x18\x02 \x01(\x04\x32\x96\x02\n\x0b\x42lobService\x12V\n\x07PutBlob\x12#.treadle.internal.v1.PutBlobRequest\x1a$.treadle.internal.v1.PutBlobResponse(\x01\x12V\n\x07GetBlob\x12#.treadle.internal.v1.GetBlobRequest\x1a$.treadle.internal.v1.GetBlobResponse0\x01\x12W\n\x08StatBlob\x12$.treadle.internal.v1.StatBlobRequest\x1a%.treadle.internal.v1.StatBlobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftreadle/internal/v1/blobs.proto\x12\x13treadle.internal.v1\"*\n\nBlobHeader\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\")\n\tBlobChunk\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"}\n\x0ePutBlobRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.treadle.internal.v1.BlobHeaderH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.treadle.internal.v1.BlobChunkH\x00\x42\x07\n\x05\x66rame\"\"\n\x0fPutBlobResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"0\n\x0eGetBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"~\n\x0fGetBlobResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.treadle.internal.v1.BlobHeaderH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.treadle.internal.v1.BlobChunkH\x00\x42\x07\n\x05\x66rame\"!\n\x0fStatBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"2\n\x10StatBlobResponse\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x0c\n\x04size\x18\x02 \x01(\x04\".\n\x10\x41\x64optBlobRequest\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"#\n\x11\x41\x64optBlobResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t2\xf2\x02\n\x0b\x42lobService\x12V\n\x07PutBlob\x12#.treadle.internal.v1.PutBlobRequest\x1a$.treadle.internal.v1.PutBlobResponse(\x01\x12V\n\x07GetBlob\x12#.treadle.internal.v1.GetBlobRequest\x1a$.treadle.internal.v1.GetBlobResponse0\x01\x12W\n\x08StatBlob\x12$.treadle.internal.v1.StatBlobRequest\x1a%.treadle.internal.v1.StatBlobResponse\x12Z\n\tAdoptBlob\x12%.treadle.internal.v1.AdoptBlobRequest\x1a&.treadle.internal.v1.AdoptBlobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,6 +47,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATBLOBREQUEST']._serialized_end=517
   _globals['_STATBLOBRESPONSE']._serialized_start=519
   _globals['_STATBLOBRESPONSE']._serialized_end=569
-  _globals['_BLOBSERVICE']._serialized_start=572
-  _globals['_BLOBSERVICE']._serialized_end=850
+  _globals['_ADOPTBLOBREQUEST']._serialized_start=571
+  _globals['_ADOPTBLOBREQUEST']._serialized_end=617
+  _globals['_ADOPTBLOBRESPONSE']._serialized_start=619
+  _globals['_ADOPTBLOBRESPONSE']._serialized_end=654
+  _globals['_BLOBSERVICE']._serialized_start=657
+  _globals['_BLOBSERVICE']._serialized_end=1027
 # @@protoc_insertion_point(module_scope)

@@ -64,3 +64,17 @@ class StatBlobResponse(_message.Message):
     complete: bool
     size: int
     def __init__(self, complete: bool = ..., size: _Optional[int] = ...) -> None: ...
+
+class AdoptBlobRequest(_message.Message):
+    __slots__ = ("file", "size")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    file: str
+    size: int
+    def __init__(self, file: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+
+class AdoptBlobResponse(_message.Message):
+    __slots__ = ("sha256",)
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    sha256: str
+    def __init__(self, sha256: _Optional[str] = ...) -> None: ...

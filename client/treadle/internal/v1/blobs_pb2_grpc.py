@@ -50,6 +50,11 @@ class BlobServiceStub(object):
                 request_serializer=treadle_dot_internal_dot_v1_dot_blobs__pb2.StatBlobRequest.SerializeToString,
                 response_deserializer=treadle_dot_internal_dot_v1_dot_blobs__pb2.StatBlobResponse.FromString,
                 _registered_method=True)
+        self.AdoptBlob = channel.unary_unary(
+                '/treadle.internal.v1.BlobService/AdoptBlob',
+                request_serializer=treadle_dot_internal_dot_v1_dot_blobs__pb2.AdoptBlobRequest.SerializeToString,
+                response_deserializer=treadle_dot_internal_dot_v1_dot_blobs__pb2.AdoptBlobResponse.FromString,
+                _registered_method=True)
 
 
 class BlobServiceServicer(object):
@@ -78,6 +83,14 @@ class BlobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdoptBlob(self, request, context):
+        """Makes a blob of a file that the caller has written into the `incoming` part of the store's blob folder, which both
+        reach: nothing is copied. Errors: FRAME_SIZE_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BlobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +108,11 @@ def add_BlobServiceServicer_to_server(servicer, server):
                     servicer.StatBlob,
                     request_deserializer=treadle_dot_internal_dot_v1_dot_blobs__pb2.StatBlobRequest.FromString,
                     response_serializer=treadle_dot_internal_dot_v1_dot_blobs__pb2.StatBlobResponse.SerializeToString,
+            ),
+            'AdoptBlob': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdoptBlob,
+                    request_deserializer=treadle_dot_internal_dot_v1_dot_blobs__pb2.AdoptBlobRequest.FromString,
+                    response_serializer=treadle_dot_internal_dot_v1_dot_blobs__pb2.AdoptBlobResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +197,33 @@ class BlobService(object):
             '/treadle.internal.v1.BlobService/StatBlob',
             treadle_dot_internal_dot_v1_dot_blobs__pb2.StatBlobRequest.SerializeToString,
             treadle_dot_internal_dot_v1_dot_blobs__pb2.StatBlobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdoptBlob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.internal.v1.BlobService/AdoptBlob',
+            treadle_dot_internal_dot_v1_dot_blobs__pb2.AdoptBlobRequest.SerializeToString,
+            treadle_dot_internal_dot_v1_dot_blobs__pb2.AdoptBlobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,10 @@ class BlobServiceStub:
     """Streams a blob from an offset. Errors: BLOB_NOT_FOUND."""
     StatBlob: _grpc.UnaryUnaryMultiCallable[_blobs_pb2.StatBlobRequest, _blobs_pb2.StatBlobResponse]
     """Says whether a blob is there."""
+    AdoptBlob: _grpc.UnaryUnaryMultiCallable[_blobs_pb2.AdoptBlobRequest, _blobs_pb2.AdoptBlobResponse]
+    """Makes a blob of a file that the caller has written into the `incoming` part of the store's blob folder, which both
+    reach: nothing is copied. Errors: FRAME_SIZE_MISMATCH.
+    """
 
 @_typing.type_check_only
 class BlobServiceAsyncStub(BlobServiceStub):
@@ -55,6 +59,10 @@ class BlobServiceAsyncStub(BlobServiceStub):
     """Streams a blob from an offset. Errors: BLOB_NOT_FOUND."""
     StatBlob: _aio.UnaryUnaryMultiCallable[_blobs_pb2.StatBlobRequest, _blobs_pb2.StatBlobResponse]  # type: ignore[assignment]
     """Says whether a blob is there."""
+    AdoptBlob: _aio.UnaryUnaryMultiCallable[_blobs_pb2.AdoptBlobRequest, _blobs_pb2.AdoptBlobResponse]  # type: ignore[assignment]
+    """Makes a blob of a file that the caller has written into the `incoming` part of the store's blob folder, which both
+    reach: nothing is copied. Errors: FRAME_SIZE_MISMATCH.
+    """
 
 class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
     """Stores and streams blobs. A blob's address is the lower-case hexadecimal sha256 of its content."""
@@ -84,5 +92,15 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_blobs_pb2.StatBlobResponse, _abc.Awaitable[_blobs_pb2.StatBlobResponse]]:
         """Says whether a blob is there."""
+
+    @_abc_1.abstractmethod
+    def AdoptBlob(
+        self,
+        request: _blobs_pb2.AdoptBlobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_blobs_pb2.AdoptBlobResponse, _abc.Awaitable[_blobs_pb2.AdoptBlobResponse]]:
+        """Makes a blob of a file that the caller has written into the `incoming` part of the store's blob folder, which both
+        reach: nothing is copied. Errors: FRAME_SIZE_MISMATCH.
+        """
 
 def add_BlobServiceServicer_to_server(servicer: BlobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

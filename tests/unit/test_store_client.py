@@ -1,0 +1,73 @@
+"""Files that worker and store hand over in a shared folder, and the ways back to the wire."""
+
+import hashlib
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from treadle_service.server import serve_in_process
+from treadle_service.store_client import StoreClient
+from treadle_store.__main__ import build, make_interceptors
+from treadle_store.settings import StoreSettings
+
+CONTENT = os.urandom(3 * 2**20 + 17)
+ADDRESS = hashlib.sha256(CONTENT).hexdigest()
+TOKEN = "store-client-tests"
+
+
+@asynccontextmanager
+async def connected(folder: Path, shared: Path | None) -> AsyncIterator[StoreClient]:
+    settings = StoreSettings(listen="127.0.0.1:0", data_dir=folder, internal_token=TOKEN)
+    async with serve_in_process(settings, build, make_interceptors(settings)) as host:
+        client = StoreClient(host.address, TOKEN, shared)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+
+def write(path: Path | None) -> Path:
+    assert path is not None
+    path.write_bytes(CONTENT)
+    return path
+
+
+async def test_a_file_goes_and_comes_without_the_wire(tmp_path: Path) -> None:
+    """What was put is the store's own file, and that file is what is read."""
+    async with connected(tmp_path / "data", tmp_path / "data" / "blobs") as client:
+        path = write(client.new_file())
+        assert await client.put_file(path) == ADDRESS
+        assert not path.exists()
+        found = await client.get_file(ADDRESS)
+        assert isinstance(found, Path)
+        assert found.read_bytes() == CONTENT
+
+
+async def test_a_store_with_another_folder_gets_the_bytes(tmp_path: Path) -> None:
+    """A wrong setting costs speed, nothing else; the file is cleared away."""
+    (tmp_path / "elsewhere" / "incoming").mkdir(parents=True)
+    async with connected(tmp_path / "data", tmp_path / "elsewhere") as client:
+        path = write(client.new_file())
+        assert await client.put_file(path) == ADDRESS
+        assert not path.exists()
+        assert await client.get_file(ADDRESS) == CONTENT
+
+
+async def test_a_damaged_file_is_not_taken_for_the_blob(tmp_path: Path) -> None:
+    """The address says what the content must be, whoever changed the folder."""
+    shared = tmp_path / "shared"
+    (shared / ADDRESS[:2]).mkdir(parents=True)
+    (shared / ADDRESS[:2] / ADDRESS[2:]).write_bytes(CONTENT[:-1] + b"?")
+    async with connected(tmp_path / "data", shared) as client:
+        await client.put_blob(CONTENT)
+        assert await client.get_file(ADDRESS) == CONTENT
+
+
+@pytest.mark.parametrize("shared", [None, Path("/nonexistent")])
+async def test_without_a_shared_folder_there_is_nowhere_to_write(tmp_path: Path, shared: Path | None) -> None:
+    """Then weights are sent."""
+    async with connected(tmp_path / "data", shared) as client:
+        assert client.new_file() is None
