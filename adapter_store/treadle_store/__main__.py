@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 from sqlalchemy import Connection
 
-from treadle.internal.v1 import blobs_pb2_grpc, identity_pb2_grpc, journal_pb2_grpc, workers_pb2_grpc
+from treadle.internal.v1 import blobs_pb2_grpc, identity_pb2_grpc, journal_pb2_grpc, usage_pb2_grpc, workers_pb2_grpc
 from treadle.v1 import adapters_pb2_grpc, admin_pb2_grpc
 from treadle_service.interceptors import InternalAuthInterceptor
 from treadle_service.logs import get_logger
@@ -27,6 +27,7 @@ from treadle_store.service_adapters import AdapterService
 from treadle_store.service_admin import AdminService
 from treadle_store.service_blobs import BlobService
 from treadle_store.service_journal import JournalService
+from treadle_store.service_usage import UsageService
 from treadle_store.service_workers import IdentityService, WorkerService
 from treadle_store.settings import StoreSettings
 from treadle_store.sweep import Sweeper
@@ -38,6 +39,7 @@ SERVICES = (
     "treadle.internal.v1.BlobService",
     "treadle.internal.v1.IdentityService",
     "treadle.internal.v1.WorkerService",
+    "treadle.internal.v1.UsageService",
     "treadle.v1.AdapterService",
     "treadle.v1.AdminService",
 )
@@ -63,6 +65,7 @@ async def build(host: ServiceHost, settings: StoreSettings, clock: Clock = syste
         blobs_pb2_grpc.add_BlobServiceServicer_to_server(BlobService(blobs), server)
         identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityService(database, clock), server)
         workers_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(workers), server)
+        usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(database, clock), server)
         adapter_service = AdapterService(database, blobs, clock, settings.max_adapter_bytes)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapter_service, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(database, workers, clock), server)

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, ins
 from treadle.errors import make_error
 from treadle.names import AdapterKind, AdapterName, RunName
 from treadle.v1 import adapters_pb2, types_pb2
+from treadle_store import quotas
 from treadle_store.clock import to_timestamp
 from treadle_store.pages import PageRequest, decode_token, encode_token
 from treadle_store.tables import adapter_files, adapters, runs, snapshots
@@ -30,8 +31,9 @@ def record_adapter(
     """Adds a saved adapter and returns it as recorded; the caller has checked the lease and the blobs.
 
     Harmless when repeated: the same content, or the same operation's save, returns what is there.
-    Raises ADAPTER_EXISTS when the name is taken by other content.
+    Raises ADAPTER_EXISTS when the name is taken by other content, QUOTA_EXCEEDED when the tenant stores too much.
     """
+    limit = quotas.storage_limit(connection, name.tenant)
     row = connection.execute(select(*adapters.c).where(_is(name))).one_or_none()
     if row is not None and row.deleted_us is None:
         there = _to_adapter(row, _fetch_files(connection, name))
@@ -57,6 +59,7 @@ def record_adapter(
     )
     files = [{**values, "path": f.path, "size": f.size, "sha256": f.sha256} for f in adapter.files]
     connection.execute(insert(adapter_files), files)
+    quotas.check_storage(connection, name.tenant, limit)
     return fetch_adapter(connection, name)
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, insert,
 from treadle.errors import make_error
 from treadle.names import RunName, check_tenant, parse_adapter
 from treadle.v1 import training_pb2, types_pb2
-from treadle_store import adapters
+from treadle_store import adapters, quotas
 from treadle_store.clock import to_timestamp
 from treadle_store.pages import PageRequest, decode_token, encode_token
 from treadle_store.tables import leases, runs
@@ -37,8 +37,8 @@ def register_run(
 ) -> tuple[training_pb2.Run, bool]:
     """Adds a run, or finds the one that the same request made; returns it and whether it was there.
 
-    Raises BAD_NAME, BAD_VALUE, BAD_LORA_CONFIG, UNKNOWN_BASE, REQUEST_ID_REUSED, ADAPTER_NOT_FOUND or
-    INCOMPATIBLE_ADAPTER.
+    Raises BAD_NAME, BAD_VALUE, BAD_LORA_CONFIG, UNKNOWN_BASE, REQUEST_ID_REUSED, ADAPTER_NOT_FOUND,
+    INCOMPATIBLE_ADAPTER or QUOTA_EXCEEDED.
     """
     check_tenant(tenant)
     _check_request(request)
@@ -53,6 +53,7 @@ def register_run(
             )
         if row is not None:
             return to_run(row, now_us), True
+    quotas.check_new_run(connection, tenant)
     base, lora = _shape(connection, tenant, request, now_us)
     name = RunName(tenant, "r-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(10)))
     connection.execute(

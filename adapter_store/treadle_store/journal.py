@@ -17,9 +17,10 @@ from typing import Final
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, insert, select, update
 
 from treadle.errors import make_error
-from treadle.internal.v1 import journal_pb2
+from treadle.internal.v1 import journal_pb2, usage_pb2
 from treadle.names import RunName
 from treadle.v1 import training_pb2
+from treadle_store import quotas, usage
 from treadle_store.catalog import RunRow, fetch_run, to_run
 from treadle_store.clock import to_duration, to_timestamp
 from treadle_store.tables import leases, ops, results, runs, snapshots
@@ -46,13 +47,14 @@ class Claim:
 
 
 def claim_run(connection: Connection, claim: Claim, now_us: int) -> journal_pb2.ClaimRunResponse:
-    """Gives the lease to the claimant with the next epoch. Raises RUN_NOT_FOUND or LEASE_HELD."""
+    """Gives the lease to the claimant with the next epoch. Raises RUN_NOT_FOUND, LEASE_HELD or RATE_LIMITED."""
     row = fetch_run(connection, claim.run, lock=True)
     if row.epoch is not None and row.expires_us > now_us and row.holder not in ("", claim.holder):
         wait_us = row.expires_us - now_us
         raise make_error(
             "LEASE_HELD", f"{claim.run} is held by {row.holder} for {wait_us / 1e6:.1f} s more", wait_us / 1e6
         )
+    quotas.check_active_run(connection, claim.run, now_us)
     epoch = (row.epoch or 0) + 1
     values = {"holder": claim.holder, "address": claim.address, "epoch": epoch, "expires_us": now_us + claim.ttl_us}
     if row.epoch is None:
@@ -61,7 +63,10 @@ def claim_run(connection: Connection, claim: Claim, now_us: int) -> journal_pb2.
         connection.execute(update(leases).where(_lease_of(claim.run)).values(**values))
     row = fetch_run(connection, claim.run)
     return journal_pb2.ClaimRunResponse(
-        run=to_run(row, now_us), lease=to_lease(row, now_us), from_adapter=row.from_adapter
+        run=to_run(row, now_us),
+        lease=to_lease(row, now_us),
+        from_adapter=row.from_adapter,
+        budget=quotas.budget_of(connection, claim.run.tenant, now_us),
     )
 
 
@@ -100,16 +105,20 @@ def check_epoch(connection: Connection, name: RunName, epoch: int) -> RunRow:
     return row
 
 
-def write_entry(connection: Connection, entry: journal_pb2.JournalEntry, name: RunName) -> None:
-    """Appends operations and records results of one run, all of them or none.
+def write_entry(
+    connection: Connection, entry: journal_pb2.JournalEntry, name: RunName, now_us: int
+) -> usage_pb2.Budget | None:
+    """Appends operations and records results of one run, all of them or none; charges what the results cost.
 
+    Returns what the tenant may still use, if it was charged and has a quota.
     Raises STALE_LEASE, SEQ_GAP, SEQ_REUSED or RUN_NOT_FOUND.
     """
     row = check_epoch(connection, name, entry.epoch)
     last_seq = _append(connection, name, row.last_seq, entry.appends)
     last_done_seq = row.last_done_seq
+    fresh: list[journal_pb2.JournalCommit] = []
     if entry.commits:
-        last_done_seq = _record_results(connection, name, last_seq, last_done_seq, entry.commits)
+        last_done_seq, fresh = _record_results(connection, name, last_seq, last_done_seq, entry.commits)
     # An ack beyond the results is a client's mistake; it must not drop what is still to come.
     acked_seq = max(row.acked_seq, min(entry.acked_seq, last_done_seq))
     if (last_seq, last_done_seq, acked_seq) != (row.last_seq, row.last_done_seq, row.acked_seq):
@@ -117,6 +126,10 @@ def write_entry(connection: Connection, entry: journal_pb2.JournalEntry, name: R
         connection.execute(_MOVE_RUN, {**position, "of_tenant": name.tenant, "of_run": name.run})
     if acked_seq > row.acked_seq:
         _truncate(connection, name, acked_seq)
+    if not fresh:
+        return None
+    num_tokens, device_us = sum(c.num_tokens for c in fresh), sum(c.device_us for c in fresh)
+    return usage.record_training(connection, name, len(fresh), num_tokens, device_us, now_us)
 
 
 def read_result(connection: Connection, name: RunName, seq: int) -> bytes:
@@ -268,30 +281,34 @@ def _record_results(
     last_seq: int,
     last_done_seq: int,
     commits: Sequence[journal_pb2.JournalCommit],
-) -> int:
-    """Adds results that are not there yet and returns the new end of the gapless ones."""
+) -> tuple[int, list[journal_pb2.JournalCommit]]:
+    """Adds results that are not there yet; returns the new end of the gapless ones, and those that were added."""
     here = {"of_tenant": name.tenant, "of_run": name.run, "done_seq": last_done_seq}
     # Results ahead of a gap exist only where an operation was cancelled or refused before earlier ones finished.
     ahead = set(connection.execute(_RESULTS_AHEAD, here).scalars())
-    fresh = {}
+    fresh: dict[int, journal_pb2.JournalCommit] = {}
     for commit in commits:
         if not 1 <= commit.seq <= last_seq:
             raise make_error("SEQ_GAP", f"{name} has no operation {commit.seq} to record a result of; append it first")
         if commit.seq <= last_done_seq or commit.seq in ahead or commit.seq in fresh:
             continue
-        fresh[commit.seq] = {
-            "tenant": name.tenant,
-            "run": name.run,
-            "seq": commit.seq,
-            "result": commit.result,
-            "state_digest": commit.state_digest,
-        }
+        fresh[commit.seq] = commit
     if fresh:
-        connection.execute(_INSERT_RESULTS, list(fresh.values()))
+        rows = [
+            {
+                "tenant": name.tenant,
+                "run": name.run,
+                "seq": commit.seq,
+                "result": commit.result,
+                "state_digest": commit.state_digest,
+            }
+            for commit in fresh.values()
+        ]
+        connection.execute(_INSERT_RESULTS, rows)
     done = ahead | fresh.keys()
     while last_done_seq + 1 in done:
         last_done_seq += 1
-    return last_done_seq
+    return last_done_seq, list(fresh.values())
 
 
 def _truncate(connection: Connection, name: RunName, acked_seq: int) -> None:

@@ -6,10 +6,10 @@ from functools import partial
 from sqlalchemy import Connection
 
 from treadle.errors import make_error
-from treadle.names import AdapterKind, AdapterName, parse_run
+from treadle.names import AdapterKind, AdapterName, RunName, parse_run
 from treadle.v1 import adapters_pb2, adapters_pb2_grpc
 from treadle_service.principal import current_principal
-from treadle_store import adapters, catalog
+from treadle_store import adapters, catalog, quotas
 from treadle_store.access import visible_adapter, visible_run
 from treadle_store.blob_io import read_chunks
 from treadle_store.blobs import BlobStore
@@ -88,7 +88,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             raise make_error("BAD_FRAME", "PushAdapter begins with a header that names the run and the revision")
         run_name = visible_run(first.header.run)
         name = run_name.adapter("revisions", first.header.revision_id)
-        row = await self._database.read(partial(catalog.fetch_run, name=run_name))
+        row = await self._database.read(partial(_room_for_upload, name=run_name))
         run = catalog.to_run(row, self._clock())
         upload = Upload(self._blobs, self._max_adapter_bytes)
         await upload.receive(request_iterator)
@@ -112,6 +112,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def _delete(self, name: AdapterName) -> None:
         await self._database.write(partial(adapters.delete_adapter, name=name, now_us=self._clock()))
+
+
+def _room_for_upload(connection: Connection, name: RunName) -> catalog.RunRow:
+    """Returns the run's row; an upload that would be refused at its end is refused before it begins."""
+    row = catalog.fetch_run(connection, name)
+    quotas.check_storage(connection, name.tenant, quotas.storage_limit(connection, name.tenant, lock=False))
+    return row
 
 
 def _named(name: str, kind: AdapterKind) -> AdapterName:

@@ -1,4 +1,7 @@
-"""AdminService: translates calls to tenants, keys and the worker registry. All but GetCapabilities need `admin`."""
+"""AdminService: translates calls to tenants, keys, quotas, usage and the worker registry.
+
+All but GetCapabilities need `admin`; GetQuota and GetUsage do for another tenant than the caller's.
+"""
 
 from functools import partial
 from importlib.metadata import version
@@ -6,9 +9,10 @@ from typing import Final
 
 from treadle.v1 import admin_pb2, admin_pb2_grpc
 from treadle_service.principal import current_principal
-from treadle_store import identity
+from treadle_store import identity, quotas, usage
 from treadle_store.clock import Clock
 from treadle_store.database import Database
+from treadle_store.pages import PageRequest
 from treadle_store.workers import WorkerRegistry
 
 LOSSES: Final = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
@@ -79,3 +83,35 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         """Lists the live workers."""
         current_principal().require("admin")
         return admin_pb2.ListWorkersResponse(workers=[entry.worker for entry in self._workers.live()])
+
+    async def SetQuota(self, request: admin_pb2.SetQuotaRequest, context: object) -> admin_pb2.SetQuotaResponse:
+        """Sets what a tenant may use."""
+        current_principal().require("admin")
+        body = partial(quotas.set_quota, tenant=request.tenant, quota=request.quota)
+        return admin_pb2.SetQuotaResponse(quota=await self._database.write(body))
+
+    async def GetQuota(self, request: admin_pb2.GetQuotaRequest, context: object) -> admin_pb2.GetQuotaResponse:
+        """Returns what a tenant may use."""
+        body = partial(quotas.get_quota, tenant=_own_tenant(request.tenant))
+        return admin_pb2.GetQuotaResponse(quota=await self._database.read(body))
+
+    async def GetUsage(self, request: admin_pb2.GetUsageRequest, context: object) -> admin_pb2.GetUsageResponse:
+        """Returns what a tenant has used."""
+        first = request.since.ToMicroseconds() // usage.DAY_US
+        last = (request.until.ToMicroseconds() if request.HasField("until") else self._clock()) // usage.DAY_US
+        body = partial(
+            usage.read_usage,
+            tenant=_own_tenant(request.tenant),
+            span=usage.Span(first, last),
+            page=PageRequest(request.page_size, request.page_token),
+            now_us=self._clock(),
+        )
+        return await self._database.read(body)
+
+
+def _own_tenant(asked: str) -> str:
+    """Returns the tenant that is asked about; raises PERMISSION_DENIED for another's, whether there is one or not."""
+    principal = current_principal()
+    if asked not in ("", principal.tenant):
+        principal.require("admin")
+    return asked or principal.tenant

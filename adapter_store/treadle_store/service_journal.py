@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from sqlalchemy import Connection
 
 from treadle.errors import TreadleError, make_error, to_operation_error
-from treadle.internal.v1 import journal_pb2, journal_pb2_grpc
+from treadle.internal.v1 import journal_pb2, journal_pb2_grpc, usage_pb2
 from treadle.names import check_tenant
 from treadle.v1 import types_pb2
 from treadle_store import adapters, catalog, journal
@@ -95,8 +95,13 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
         """Writes operations and results in one transaction; each entry is answered alone."""
         prepared = [await self._prepare(entry) for entry in request.entries]
         outcomes = await self._database.write_all(prepared)
-        errors = [to_operation_error(outcome) if outcome else types_pb2.OperationError() for outcome in outcomes]
-        return journal_pb2.WriteJournalResponse(errors=errors)
+        errors = [
+            to_operation_error(outcome) if isinstance(outcome, TreadleError) else types_pb2.OperationError()
+            for outcome in outcomes
+        ]
+        # Of a tenant with several runs the last counts: the entries were written in this order.
+        budgets = {outcome.tenant: outcome for outcome in outcomes if isinstance(outcome, usage_pb2.Budget)}
+        return journal_pb2.WriteJournalResponse(errors=errors, budgets=budgets.values())
 
     async def ReadResult(
         self, request: journal_pb2.ReadResultRequest, context: object
@@ -170,7 +175,7 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
         body = partial(adapters.fetch_adapter, name=visible_adapter(request.name), for_worker=True)
         return journal_pb2.LookupAdapterResponse(adapter=await self._database.read(body))
 
-    async def _prepare(self, entry: journal_pb2.JournalEntry) -> Callable[[Connection], None]:
+    async def _prepare(self, entry: journal_pb2.JournalEntry) -> Callable[[Connection], usage_pb2.Budget | None]:
         """Returns the body of an entry, or one that fails with what is wrong with it beforehand."""
         try:
             name = visible_run(entry.run)
@@ -179,10 +184,10 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
                     await require_blob(self._blobs, append.payload_sha256)
         except TreadleError as error:
             return partial(_fail, error)
-        return partial(journal.write_entry, entry=entry, name=name)
+        return partial(journal.write_entry, entry=entry, name=name, now_us=self._clock())
 
 
-def _fail(error: TreadleError, _connection: Connection) -> None:
+def _fail(error: TreadleError, _connection: Connection) -> usage_pb2.Budget | None:
     raise error
 
 

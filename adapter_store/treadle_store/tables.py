@@ -52,6 +52,45 @@ keys: Final = Table(
     UniqueConstraint("key_id"),
 )
 
+quotas: Final = Table(
+    "quotas",
+    metadata,
+    Column("tenant", String(32), ForeignKey("tenants.tenant"), primary_key=True),
+    # Limits; NULL for none.
+    Column("max_runs", BigInteger),
+    Column("max_active_runs", BigInteger),
+    Column("max_unfinished_operations", BigInteger),
+    Column("training_tokens_per_minute", BigInteger),
+    Column("sampling_tokens_per_minute", BigInteger),
+    Column("max_stored_bytes", BigInteger),
+    # When what was used so far will be paid for at the tenant's rate: one number is the whole token bucket.
+    Column("training_paid_us", BigInteger, nullable=False),
+    Column("sampling_paid_us", BigInteger, nullable=False),
+)
+
+# Use outlives the run that it was made by.
+usage: Final = Table(
+    "usage",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("run", String(64), primary_key=True),  # empty for sampling from a base as it is
+    Column("day", BigInteger, primary_key=True),  # days since 1970, UTC
+    Column("num_operations", BigInteger, nullable=False),
+    Column("training_tokens", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("sampled_tokens", BigInteger, nullable=False),
+    Column("device_us", BigInteger, nullable=False),
+)
+
+# The last report of each life of a sampler: a repeat of it changes nothing.
+usage_reporters: Final = Table(
+    "usage_reporters",
+    metadata,
+    Column("reporter", String(128), primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("reported_us", BigInteger, nullable=False),
+)
+
 runs: Final = Table(
     "runs",
     metadata,

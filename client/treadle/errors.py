@@ -215,6 +215,8 @@ CATALOGUE: Final[dict[str, ErrorSpec]] = {
     "PERMISSION_DENIED": ErrorSpec(_C.PERMISSION_DENIED, False, AccessError),
     # Limits and time.
     "QUEUE_FULL": ErrorSpec(_C.RESOURCE_EXHAUSTED, True, LimitError),
+    "RATE_LIMITED": ErrorSpec(_C.RESOURCE_EXHAUSTED, True, LimitError),
+    "QUOTA_EXCEEDED": ErrorSpec(_C.RESOURCE_EXHAUSTED, False, LimitError),
     "FRAME_TOO_LARGE": ErrorSpec(_C.RESOURCE_EXHAUSTED, False, LimitError),
     "OPERATION_TOO_LARGE": ErrorSpec(_C.RESOURCE_EXHAUSTED, False, LimitError),
     "QUEUE_TIMEOUT": ErrorSpec(_C.DEADLINE_EXCEEDED, False, TimedOutError),

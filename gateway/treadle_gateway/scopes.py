@@ -43,6 +43,10 @@ METHOD_SCOPES: Final[dict[str, tuple[str, ...]]] = {
     "/treadle.v1.AdminService/RevokeKey": ADMIN,
     "/treadle.v1.AdminService/GetCapabilities": ANY_KEY,
     "/treadle.v1.AdminService/ListWorkers": ADMIN,
+    "/treadle.v1.AdminService/SetQuota": ADMIN,
+    # Of the key's own tenant; of another one the store wants the scope admin.
+    "/treadle.v1.AdminService/GetQuota": ANY_KEY,
+    "/treadle.v1.AdminService/GetUsage": ANY_KEY,
 }
 
 

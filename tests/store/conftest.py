@@ -18,6 +18,7 @@ from treadle.internal.v1 import (
     identity_pb2_grpc,
     journal_pb2,
     journal_pb2_grpc,
+    usage_pb2_grpc,
     workers_pb2_grpc,
 )
 from treadle.v1 import adapters_pb2_grpc, admin_pb2_grpc, training_pb2, types_pb2
@@ -67,6 +68,7 @@ class Caller:
         self.identity = _Authorized(identity_pb2_grpc.IdentityServiceStub(channel), metadata)
         self.workers = _Authorized(workers_pb2_grpc.WorkerServiceStub(channel), metadata)
         self.adapters = _Authorized(adapters_pb2_grpc.AdapterServiceStub(channel), metadata)
+        self.usage = _Authorized(usage_pb2_grpc.UsageServiceStub(channel), metadata)
         self.admin = _Authorized(admin_pb2_grpc.AdminServiceStub(channel), metadata)
 
     def tenant(self, tenant: str, *scopes: str) -> "Caller":

@@ -87,7 +87,7 @@ class JournalMachine(RuleBasedStateMachine):
             acked_seq=acked,
         )
         expected, digests, results = self.expect(back, appends, commits)
-        assert self.attempt(lambda: journal.write_entry(self.connection, entry, self.run)) == expected
+        assert self.attempt(lambda: journal.write_entry(self.connection, entry, self.run, 0)) == expected
         if expected == "":
             self.digests, self.results = digests, results
             self.acked = max(self.acked, min(acked, self.done))

@@ -22,54 +22,73 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16treadle/v1/admin.proto\x12\ntreadle.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"E\n\x06Tenant\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12+\n\x07\x63reated\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa0\x01\n\x03Key\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12+\n\x07\x63reated\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07\x65xpires\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07revoked\x18\x06 \x01(\x08\"\xc9\x01\n\x06Worker\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.treadle.v1.WorkerKind\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0cnum_resident\x18\x05 \x01(\r\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\x12-\n\tlast_seen\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\"\xba\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x11\n\ttrainable\x18\x05 \x01(\x08\x12\x12\n\nsampleable\x18\x06 \x01(\x08\x12\x11\n\ttokenizer\x18\x07 \x01(\t\x12\x16\n\x0enum_parameters\x18\x08 \x01(\x04\x12\x15\n\reos_token_ids\x18\t \x03(\x05\"%\n\x13\x43reateTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\":\n\x14\x43reateTenantResponse\x12\"\n\x06tenant\x18\x01 \x01(\x0b\x32\x12.treadle.v1.Tenant\"\x14\n\x12ListTenantsRequest\":\n\x13ListTenantsResponse\x12#\n\x07tenants\x18\x01 \x03(\x0b\x32\x12.treadle.v1.Tenant\"_\n\x10\x43reateKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06scopes\x18\x02 \x03(\t\x12+\n\x07\x65xpires\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"A\n\x11\x43reateKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.treadle.v1.Key\x12\x0e\n\x06secret\x18\x02 \x01(\t\"!\n\x0fListKeysRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"1\n\x10ListKeysResponse\x12\x1d\n\x04keys\x18\x01 \x03(\x0b\x32\x0f.treadle.v1.Key\"\"\n\x10RevokeKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"\x13\n\x11RevokeKeyResponse\"\x18\n\x16GetCapabilitiesRequest\"\xa6\x01\n\x17GetCapabilitiesResponse\x12$\n\x05\x62\x61ses\x18\x01 \x03(\x0b\x32\x15.treadle.v1.BaseModel\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06losses\x18\x03 \x03(\t\x12\x17\n\x0fmax_frame_bytes\x18\x04 \x01(\r\x12\x1b\n\x13max_operation_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06tenant\x18\x06 \x01(\t\"\x14\n\x12ListWorkersRequest\":\n\x13ListWorkersResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.treadle.v1.Worker*[\n\nWorkerKind\x12\x1b\n\x17WORKER_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_KIND_TRAINER\x10\x01\x12\x17\n\x13WORKER_KIND_SAMPLER\x10\x02\x32\xb8\x04\n\x0c\x41\x64minService\x12Q\n\x0c\x43reateTenant\x12\x1f.treadle.v1.CreateTenantRequest\x1a .treadle.v1.CreateTenantResponse\x12N\n\x0bListTenants\x12\x1e.treadle.v1.ListTenantsRequest\x1a\x1f.treadle.v1.ListTenantsResponse\x12H\n\tCreateKey\x12\x1c.treadle.v1.CreateKeyRequest\x1a\x1d.treadle.v1.CreateKeyResponse\x12\x45\n\x08ListKeys\x12\x1b.treadle.v1.ListKeysRequest\x1a\x1c.treadle.v1.ListKeysResponse\x12H\n\tRevokeKey\x12\x1c.treadle.v1.RevokeKeyRequest\x1a\x1d.treadle.v1.RevokeKeyResponse\x12Z\n\x0fGetCapabilities\x12\".treadle.v1.GetCapabilitiesRequest\x1a#.treadle.v1.GetCapabilitiesResponse\x12N\n\x0bListWorkers\x12\x1e.treadle.v1.ListWorkersRequest\x1a\x1f.treadle.v1.ListWorkersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16treadle/v1/admin.proto\x12\ntreadle.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"E\n\x06Tenant\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12+\n\x07\x63reated\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa0\x01\n\x03Key\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12+\n\x07\x63reated\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07\x65xpires\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07revoked\x18\x06 \x01(\x08\"\xc9\x01\n\x06Worker\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.treadle.v1.WorkerKind\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0cnum_resident\x18\x05 \x01(\r\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\x12-\n\tlast_seen\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\"\xba\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x11\n\ttrainable\x18\x05 \x01(\x08\x12\x12\n\nsampleable\x18\x06 \x01(\x08\x12\x11\n\ttokenizer\x18\x07 \x01(\t\x12\x16\n\x0enum_parameters\x18\x08 \x01(\x04\x12\x15\n\reos_token_ids\x18\t \x03(\x05\"%\n\x13\x43reateTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\":\n\x14\x43reateTenantResponse\x12\"\n\x06tenant\x18\x01 \x01(\x0b\x32\x12.treadle.v1.Tenant\"\x14\n\x12ListTenantsRequest\":\n\x13ListTenantsResponse\x12#\n\x07tenants\x18\x01 \x03(\x0b\x32\x12.treadle.v1.Tenant\"_\n\x10\x43reateKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06scopes\x18\x02 \x03(\t\x12+\n\x07\x65xpires\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"A\n\x11\x43reateKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.treadle.v1.Key\x12\x0e\n\x06secret\x18\x02 \x01(\t\"!\n\x0fListKeysRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"1\n\x10ListKeysResponse\x12\x1d\n\x04keys\x18\x01 \x03(\x0b\x32\x0f.treadle.v1.Key\"\"\n\x10RevokeKeyRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\"\x13\n\x11RevokeKeyResponse\"\x18\n\x16GetCapabilitiesRequest\"\xa6\x01\n\x17GetCapabilitiesResponse\x12$\n\x05\x62\x61ses\x18\x01 \x03(\x0b\x32\x15.treadle.v1.BaseModel\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06losses\x18\x03 \x03(\t\x12\x17\n\x0fmax_frame_bytes\x18\x04 \x01(\r\x12\x1b\n\x13max_operation_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06tenant\x18\x06 \x01(\t\"\x14\n\x12ListWorkersRequest\":\n\x13ListWorkersResponse\x12#\n\x07workers\x18\x01 \x03(\x0b\x32\x12.treadle.v1.Worker\"\xe7\x02\n\x05Quota\x12\x15\n\x08max_runs\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x1c\n\x0fmax_active_runs\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12&\n\x19max_unfinished_operations\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\'\n\x1atraining_tokens_per_minute\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\'\n\x1asampling_tokens_per_minute\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1d\n\x10max_stored_bytes\x18\x06 \x01(\x04H\x05\x88\x01\x01\x42\x0b\n\t_max_runsB\x12\n\x10_max_active_runsB\x1c\n\x1a_max_unfinished_operationsB\x1d\n\x1b_training_tokens_per_minuteB\x1d\n\x1b_sampling_tokens_per_minuteB\x13\n\x11_max_stored_bytes\"C\n\x0fSetQuotaRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12 \n\x05quota\x18\x02 \x01(\x0b\x32\x11.treadle.v1.Quota\"4\n\x10SetQuotaResponse\x12 \n\x05quota\x18\x01 \x01(\x0b\x32\x11.treadle.v1.Quota\"!\n\x0fGetQuotaRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"4\n\x10GetQuotaResponse\x12 \n\x05quota\x18\x01 \x01(\x0b\x32\x11.treadle.v1.Quota\"\x97\x01\n\x05Usage\x12\x16\n\x0enum_operations\x18\x01 \x01(\x04\x12\x17\n\x0ftraining_tokens\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x16\n\x0esampled_tokens\x18\x04 \x01(\x04\x12.\n\x0b\x64\x65vice_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"9\n\x08RunUsage\x12\x0b\n\x03run\x18\x01 \x01(\t\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.treadle.v1.Usage\"\x9e\x01\n\x0fGetUsageRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12)\n\x05since\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x04 \x01(\r\x12\x12\n\npage_token\x18\x05 \x01(\t\"\xc2\x01\n\x10GetUsageResponse\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12 \n\x05total\x18\x02 \x01(\x0b\x32\x11.treadle.v1.Usage\x12\"\n\x04runs\x18\x03 \x03(\x0b\x32\x14.treadle.v1.RunUsage\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\x12\x14\n\x0cstored_bytes\x18\x05 \x01(\x04\x12\x10\n\x08num_runs\x18\x06 \x01(\x04\x12\x17\n\x0fnum_active_runs\x18\x07 \x01(\x04*[\n\nWorkerKind\x12\x1b\n\x17WORKER_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_KIND_TRAINER\x10\x01\x12\x17\n\x13WORKER_KIND_SAMPLER\x10\x02\x32\x8d\x06\n\x0c\x41\x64minService\x12Q\n\x0c\x43reateTenant\x12\x1f.treadle.v1.CreateTenantRequest\x1a .treadle.v1.CreateTenantResponse\x12N\n\x0bListTenants\x12\x1e.treadle.v1.ListTenantsRequest\x1a\x1f.treadle.v1.ListTenantsResponse\x12H\n\tCreateKey\x12\x1c.treadle.v1.CreateKeyRequest\x1a\x1d.treadle.v1.CreateKeyResponse\x12\x45\n\x08ListKeys\x12\x1b.treadle.v1.ListKeysRequest\x1a\x1c.treadle.v1.ListKeysResponse\x12H\n\tRevokeKey\x12\x1c.treadle.v1.RevokeKeyRequest\x1a\x1d.treadle.v1.RevokeKeyResponse\x12Z\n\x0fGetCapabilities\x12\".treadle.v1.GetCapabilitiesRequest\x1a#.treadle.v1.GetCapabilitiesResponse\x12N\n\x0bListWorkers\x12\x1e.treadle.v1.ListWorkersRequest\x1a\x1f.treadle.v1.ListWorkersResponse\x12\x45\n\x08SetQuota\x12\x1b.treadle.v1.SetQuotaRequest\x1a\x1c.treadle.v1.SetQuotaResponse\x12\x45\n\x08GetQuota\x12\x1b.treadle.v1.GetQuotaRequest\x1a\x1c.treadle.v1.GetQuotaResponse\x12\x45\n\x08GetUsage\x12\x1b.treadle.v1.GetUsageRequest\x1a\x1c.treadle.v1.GetUsageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'treadle.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERKIND']._serialized_start=1463
-  _globals['_WORKERKIND']._serialized_end=1554
-  _globals['_TENANT']._serialized_start=71
-  _globals['_TENANT']._serialized_end=140
-  _globals['_KEY']._serialized_start=143
-  _globals['_KEY']._serialized_end=303
-  _globals['_WORKER']._serialized_start=306
-  _globals['_WORKER']._serialized_end=507
-  _globals['_BASEMODEL']._serialized_start=510
-  _globals['_BASEMODEL']._serialized_end=696
-  _globals['_CREATETENANTREQUEST']._serialized_start=698
-  _globals['_CREATETENANTREQUEST']._serialized_end=735
-  _globals['_CREATETENANTRESPONSE']._serialized_start=737
-  _globals['_CREATETENANTRESPONSE']._serialized_end=795
-  _globals['_LISTTENANTSREQUEST']._serialized_start=797
-  _globals['_LISTTENANTSREQUEST']._serialized_end=817
-  _globals['_LISTTENANTSRESPONSE']._serialized_start=819
-  _globals['_LISTTENANTSRESPONSE']._serialized_end=877
-  _globals['_CREATEKEYREQUEST']._serialized_start=879
-  _globals['_CREATEKEYREQUEST']._serialized_end=974
-  _globals['_CREATEKEYRESPONSE']._serialized_start=976
-  _globals['_CREATEKEYRESPONSE']._serialized_end=1041
-  _globals['_LISTKEYSREQUEST']._serialized_start=1043
-  _globals['_LISTKEYSREQUEST']._serialized_end=1076
-  _globals['_LISTKEYSRESPONSE']._serialized_start=1078
-  _globals['_LISTKEYSRESPONSE']._serialized_end=1127
-  _globals['_REVOKEKEYREQUEST']._serialized_start=1129
-  _globals['_REVOKEKEYREQUEST']._serialized_end=1163
-  _globals['_REVOKEKEYRESPONSE']._serialized_start=1165
-  _globals['_REVOKEKEYRESPONSE']._serialized_end=1184
-  _globals['_GETCAPABILITIESREQUEST']._serialized_start=1186
-  _globals['_GETCAPABILITIESREQUEST']._serialized_end=1210
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=1213
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=1379
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1381
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1401
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1403
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1461
-  _globals['_ADMINSERVICE']._serialized_start=1557
-  _globals['_ADMINSERVICE']._serialized_end=2125
+  _globals['_WORKERKIND']._serialized_start=2640
+  _globals['_WORKERKIND']._serialized_end=2731
+  _globals['_TENANT']._serialized_start=103
+  _globals['_TENANT']._serialized_end=172
+  _globals['_KEY']._serialized_start=175
+  _globals['_KEY']._serialized_end=335
+  _globals['_WORKER']._serialized_start=338
+  _globals['_WORKER']._serialized_end=539
+  _globals['_BASEMODEL']._serialized_start=542
+  _globals['_BASEMODEL']._serialized_end=728
+  _globals['_CREATETENANTREQUEST']._serialized_start=730
+  _globals['_CREATETENANTREQUEST']._serialized_end=767
+  _globals['_CREATETENANTRESPONSE']._serialized_start=769
+  _globals['_CREATETENANTRESPONSE']._serialized_end=827
+  _globals['_LISTTENANTSREQUEST']._serialized_start=829
+  _globals['_LISTTENANTSREQUEST']._serialized_end=849
+  _globals['_LISTTENANTSRESPONSE']._serialized_start=851
+  _globals['_LISTTENANTSRESPONSE']._serialized_end=909
+  _globals['_CREATEKEYREQUEST']._serialized_start=911
+  _globals['_CREATEKEYREQUEST']._serialized_end=1006
+  _globals['_CREATEKEYRESPONSE']._serialized_start=1008
+  _globals['_CREATEKEYRESPONSE']._serialized_end=1073
+  _globals['_LISTKEYSREQUEST']._serialized_start=1075
+  _globals['_LISTKEYSREQUEST']._serialized_end=1108
+  _globals['_LISTKEYSRESPONSE']._serialized_start=1110
+  _globals['_LISTKEYSRESPONSE']._serialized_end=1159
+  _globals['_REVOKEKEYREQUEST']._serialized_start=1161
+  _globals['_REVOKEKEYREQUEST']._serialized_end=1195
+  _globals['_REVOKEKEYRESPONSE']._serialized_start=1197
+  _globals['_REVOKEKEYRESPONSE']._serialized_end=1216
+  _globals['_GETCAPABILITIESREQUEST']._serialized_start=1218
+  _globals['_GETCAPABILITIESREQUEST']._serialized_end=1242
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=1245
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=1411
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1413
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1433
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1435
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1493
+  _globals['_QUOTA']._serialized_start=1496
+  _globals['_QUOTA']._serialized_end=1855
+  _globals['_SETQUOTAREQUEST']._serialized_start=1857
+  _globals['_SETQUOTAREQUEST']._serialized_end=1924
+  _globals['_SETQUOTARESPONSE']._serialized_start=1926
+  _globals['_SETQUOTARESPONSE']._serialized_end=1978
+  _globals['_GETQUOTAREQUEST']._serialized_start=1980
+  _globals['_GETQUOTAREQUEST']._serialized_end=2013
+  _globals['_GETQUOTARESPONSE']._serialized_start=2015
+  _globals['_GETQUOTARESPONSE']._serialized_end=2067
+  _globals['_USAGE']._serialized_start=2070
+  _globals['_USAGE']._serialized_end=2221
+  _globals['_RUNUSAGE']._serialized_start=2223
+  _globals['_RUNUSAGE']._serialized_end=2280
+  _globals['_GETUSAGEREQUEST']._serialized_start=2283
+  _globals['_GETUSAGEREQUEST']._serialized_end=2441
+  _globals['_GETUSAGERESPONSE']._serialized_start=2444
+  _globals['_GETUSAGERESPONSE']._serialized_end=2638
+  _globals['_ADMINSERVICE']._serialized_start=2734
+  _globals['_ADMINSERVICE']._serialized_end=3515
 # @@protoc_insertion_point(module_scope)

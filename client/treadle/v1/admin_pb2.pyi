@@ -1,5 +1,6 @@
 import datetime
 
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -176,3 +177,99 @@ class ListWorkersResponse(_message.Message):
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
     def __init__(self, workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ...) -> None: ...
+
+class Quota(_message.Message):
+    __slots__ = ("max_runs", "max_active_runs", "max_unfinished_operations", "training_tokens_per_minute", "sampling_tokens_per_minute", "max_stored_bytes")
+    MAX_RUNS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ACTIVE_RUNS_FIELD_NUMBER: _ClassVar[int]
+    MAX_UNFINISHED_OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_TOKENS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_TOKENS_PER_MINUTE_FIELD_NUMBER: _ClassVar[int]
+    MAX_STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    max_runs: int
+    max_active_runs: int
+    max_unfinished_operations: int
+    training_tokens_per_minute: int
+    sampling_tokens_per_minute: int
+    max_stored_bytes: int
+    def __init__(self, max_runs: _Optional[int] = ..., max_active_runs: _Optional[int] = ..., max_unfinished_operations: _Optional[int] = ..., training_tokens_per_minute: _Optional[int] = ..., sampling_tokens_per_minute: _Optional[int] = ..., max_stored_bytes: _Optional[int] = ...) -> None: ...
+
+class SetQuotaRequest(_message.Message):
+    __slots__ = ("tenant", "quota")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    quota: Quota
+    def __init__(self, tenant: _Optional[str] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ...) -> None: ...
+
+class SetQuotaResponse(_message.Message):
+    __slots__ = ("quota",)
+    QUOTA_FIELD_NUMBER: _ClassVar[int]
+    quota: Quota
+    def __init__(self, quota: _Optional[_Union[Quota, _Mapping]] = ...) -> None: ...
+
+class GetQuotaRequest(_message.Message):
+    __slots__ = ("tenant",)
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    def __init__(self, tenant: _Optional[str] = ...) -> None: ...
+
+class GetQuotaResponse(_message.Message):
+    __slots__ = ("quota",)
+    QUOTA_FIELD_NUMBER: _ClassVar[int]
+    quota: Quota
+    def __init__(self, quota: _Optional[_Union[Quota, _Mapping]] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("num_operations", "training_tokens", "prompt_tokens", "sampled_tokens", "device_time")
+    NUM_OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_TIME_FIELD_NUMBER: _ClassVar[int]
+    num_operations: int
+    training_tokens: int
+    prompt_tokens: int
+    sampled_tokens: int
+    device_time: _duration_pb2.Duration
+    def __init__(self, num_operations: _Optional[int] = ..., training_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., sampled_tokens: _Optional[int] = ..., device_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class RunUsage(_message.Message):
+    __slots__ = ("run", "usage")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    usage: Usage
+    def __init__(self, run: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+
+class GetUsageRequest(_message.Message):
+    __slots__ = ("tenant", "since", "until", "page_size", "page_token")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    since: _timestamp_pb2.Timestamp
+    until: _timestamp_pb2.Timestamp
+    page_size: int
+    page_token: str
+    def __init__(self, tenant: _Optional[str] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class GetUsageResponse(_message.Message):
+    __slots__ = ("tenant", "total", "runs", "next_page_token", "stored_bytes", "num_runs", "num_active_runs")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACTIVE_RUNS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    total: Usage
+    runs: _containers.RepeatedCompositeFieldContainer[RunUsage]
+    next_page_token: str
+    stored_bytes: int
+    num_runs: int
+    num_active_runs: int
+    def __init__(self, tenant: _Optional[str] = ..., total: _Optional[_Union[Usage, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[RunUsage, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., stored_bytes: _Optional[int] = ..., num_runs: _Optional[int] = ..., num_active_runs: _Optional[int] = ...) -> None: ...

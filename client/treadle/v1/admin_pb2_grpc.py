@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """Manages tenants and keys, and says what the deployment can do. All but GetCapabilities need the scope `admin`.
+    """Manages tenants, keys and quotas, and says what was used and what the deployment can do. All but GetCapabilities,
+    GetQuota and GetUsage need the scope `admin`.
     """
 
     def __init__(self, channel):
@@ -70,10 +71,26 @@ class AdminServiceStub(object):
                 request_serializer=treadle_dot_v1_dot_admin__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=treadle_dot_v1_dot_admin__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.SetQuota = channel.unary_unary(
+                '/treadle.v1.AdminService/SetQuota',
+                request_serializer=treadle_dot_v1_dot_admin__pb2.SetQuotaRequest.SerializeToString,
+                response_deserializer=treadle_dot_v1_dot_admin__pb2.SetQuotaResponse.FromString,
+                _registered_method=True)
+        self.GetQuota = channel.unary_unary(
+                '/treadle.v1.AdminService/GetQuota',
+                request_serializer=treadle_dot_v1_dot_admin__pb2.GetQuotaRequest.SerializeToString,
+                response_deserializer=treadle_dot_v1_dot_admin__pb2.GetQuotaResponse.FromString,
+                _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/treadle.v1.AdminService/GetUsage',
+                request_serializer=treadle_dot_v1_dot_admin__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=treadle_dot_v1_dot_admin__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
-    """Manages tenants and keys, and says what the deployment can do. All but GetCapabilities need the scope `admin`.
+    """Manages tenants, keys and quotas, and says what was used and what the deployment can do. All but GetCapabilities,
+    GetQuota and GetUsage need the scope `admin`.
     """
 
     def CreateTenant(self, request, context):
@@ -125,6 +142,27 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetQuota(self, request, context):
+        """Sets what a tenant may use; what is unset in it has no limit. In force within seconds. Errors: TENANT_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetQuota(self, request, context):
+        """Returns what a tenant may use; for any key of the tenant, and for `admin`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUsage(self, request, context):
+        """Returns what a tenant has used, by run; for any key of the tenant, and for `admin`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +201,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=treadle_dot_v1_dot_admin__pb2.ListWorkersRequest.FromString,
                     response_serializer=treadle_dot_v1_dot_admin__pb2.ListWorkersResponse.SerializeToString,
             ),
+            'SetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetQuota,
+                    request_deserializer=treadle_dot_v1_dot_admin__pb2.SetQuotaRequest.FromString,
+                    response_serializer=treadle_dot_v1_dot_admin__pb2.SetQuotaResponse.SerializeToString,
+            ),
+            'GetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetQuota,
+                    request_deserializer=treadle_dot_v1_dot_admin__pb2.GetQuotaRequest.FromString,
+                    response_serializer=treadle_dot_v1_dot_admin__pb2.GetQuotaResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=treadle_dot_v1_dot_admin__pb2.GetUsageRequest.FromString,
+                    response_serializer=treadle_dot_v1_dot_admin__pb2.GetUsageResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'treadle.v1.AdminService', rpc_method_handlers)
@@ -172,7 +225,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """Manages tenants and keys, and says what the deployment can do. All but GetCapabilities need the scope `admin`.
+    """Manages tenants, keys and quotas, and says what was used and what the deployment can do. All but GetCapabilities,
+    GetQuota and GetUsage need the scope `admin`.
     """
 
     @staticmethod
@@ -354,6 +408,87 @@ class AdminService(object):
             '/treadle.v1.AdminService/ListWorkers',
             treadle_dot_v1_dot_admin__pb2.ListWorkersRequest.SerializeToString,
             treadle_dot_v1_dot_admin__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.v1.AdminService/SetQuota',
+            treadle_dot_v1_dot_admin__pb2.SetQuotaRequest.SerializeToString,
+            treadle_dot_v1_dot_admin__pb2.SetQuotaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.v1.AdminService/GetQuota',
+            treadle_dot_v1_dot_admin__pb2.GetQuotaRequest.SerializeToString,
+            treadle_dot_v1_dot_admin__pb2.GetQuotaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.v1.AdminService/GetUsage',
+            treadle_dot_v1_dot_admin__pb2.GetUsageRequest.SerializeToString,
+            treadle_dot_v1_dot_admin__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

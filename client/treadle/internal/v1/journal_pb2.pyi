@@ -1,6 +1,7 @@
 import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
+from treadle.internal.v1 import usage_pb2 as _usage_pb2
 from treadle.v1 import adapters_pb2 as _adapters_pb2
 from treadle.v1 import training_pb2 as _training_pb2
 from treadle.v1 import types_pb2 as _types_pb2
@@ -95,14 +96,16 @@ class ClaimRunRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., holder: _Optional[str] = ..., address: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ClaimRunResponse(_message.Message):
-    __slots__ = ("run", "lease", "from_adapter")
+    __slots__ = ("run", "lease", "from_adapter", "budget")
     RUN_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     FROM_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
     run: _training_pb2.Run
     lease: Lease
     from_adapter: str
-    def __init__(self, run: _Optional[_Union[_training_pb2.Run, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., from_adapter: _Optional[str] = ...) -> None: ...
+    budget: _usage_pb2.Budget
+    def __init__(self, run: _Optional[_Union[_training_pb2.Run, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., from_adapter: _Optional[str] = ..., budget: _Optional[_Union[_usage_pb2.Budget, _Mapping]] = ...) -> None: ...
 
 class RenewLeasesRequest(_message.Message):
     __slots__ = ("holder", "ttl")
@@ -150,14 +153,18 @@ class JournalAppend(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., digest: _Optional[int] = ..., payload: _Optional[bytes] = ..., payload_sha256: _Optional[str] = ...) -> None: ...
 
 class JournalCommit(_message.Message):
-    __slots__ = ("seq", "result", "state_digest")
+    __slots__ = ("seq", "result", "state_digest", "num_tokens", "device_us")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_US_FIELD_NUMBER: _ClassVar[int]
     seq: int
     result: bytes
     state_digest: bytes
-    def __init__(self, seq: _Optional[int] = ..., result: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ...) -> None: ...
+    num_tokens: int
+    device_us: int
+    def __init__(self, seq: _Optional[int] = ..., result: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., device_us: _Optional[int] = ...) -> None: ...
 
 class JournalEntry(_message.Message):
     __slots__ = ("run", "epoch", "appends", "commits", "acked_seq")
@@ -180,10 +187,12 @@ class WriteJournalRequest(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[JournalEntry, _Mapping]]] = ...) -> None: ...
 
 class WriteJournalResponse(_message.Message):
-    __slots__ = ("errors",)
+    __slots__ = ("errors", "budgets")
     ERRORS_FIELD_NUMBER: _ClassVar[int]
+    BUDGETS_FIELD_NUMBER: _ClassVar[int]
     errors: _containers.RepeatedCompositeFieldContainer[_types_pb2.OperationError]
-    def __init__(self, errors: _Optional[_Iterable[_Union[_types_pb2.OperationError, _Mapping]]] = ...) -> None: ...
+    budgets: _containers.RepeatedCompositeFieldContainer[_usage_pb2.Budget]
+    def __init__(self, errors: _Optional[_Iterable[_Union[_types_pb2.OperationError, _Mapping]]] = ..., budgets: _Optional[_Iterable[_Union[_usage_pb2.Budget, _Mapping]]] = ...) -> None: ...
 
 class ReadResultRequest(_message.Message):
     __slots__ = ("run", "seq")

@@ -112,7 +112,8 @@ class JournalServiceServicer(object):
     """
 
     def RegisterRun(self, request, context):
-        """Adds a run to the catalog, or returns the one that the same request made. Errors: REQUEST_ID_REUSED.
+        """Adds a run to the catalog, or returns the one that the same request made.
+        Errors: REQUEST_ID_REUSED, QUOTA_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,7 +142,7 @@ class JournalServiceServicer(object):
 
     def ClaimRun(self, request, context):
         """Takes the lease of a run: granted when it is free, expired or the holder's own; the epoch grows by one.
-        Errors: RUN_NOT_FOUND, LEASE_HELD.
+        Errors: RUN_NOT_FOUND, LEASE_HELD, RATE_LIMITED (the tenant has as many active runs as it may).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -199,7 +200,7 @@ class JournalServiceServicer(object):
 
     def RecordAdapter(self, request, context):
         """Records a revision or checkpoint whose blobs are stored; the same content again is no error.
-        Errors: STALE_LEASE, BLOB_NOT_FOUND, ADAPTER_EXISTS.
+        Errors: STALE_LEASE, BLOB_NOT_FOUND, ADAPTER_EXISTS, QUOTA_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

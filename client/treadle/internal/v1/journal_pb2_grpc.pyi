@@ -37,7 +37,9 @@ class JournalServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> JournalServiceAsyncStub: ...
     RegisterRun: _grpc.UnaryUnaryMultiCallable[_journal_pb2.RegisterRunRequest, _journal_pb2.RegisterRunResponse]
-    """Adds a run to the catalog, or returns the one that the same request made. Errors: REQUEST_ID_REUSED."""
+    """Adds a run to the catalog, or returns the one that the same request made.
+    Errors: REQUEST_ID_REUSED, QUOTA_EXCEEDED.
+    """
     LookupRun: _grpc.UnaryUnaryMultiCallable[_journal_pb2.LookupRunRequest, _journal_pb2.LookupRunResponse]
     """Returns a run of a tenant with its lease. Errors: RUN_NOT_FOUND."""
     ScanRuns: _grpc.UnaryUnaryMultiCallable[_journal_pb2.ScanRunsRequest, _journal_pb2.ScanRunsResponse]
@@ -46,7 +48,7 @@ class JournalServiceStub:
     """Removes a run, its journal and its snapshots. Errors: RUN_NOT_FOUND."""
     ClaimRun: _grpc.UnaryUnaryMultiCallable[_journal_pb2.ClaimRunRequest, _journal_pb2.ClaimRunResponse]
     """Takes the lease of a run: granted when it is free, expired or the holder's own; the epoch grows by one.
-    Errors: RUN_NOT_FOUND, LEASE_HELD.
+    Errors: RUN_NOT_FOUND, LEASE_HELD, RATE_LIMITED (the tenant has as many active runs as it may).
     """
     RenewLeases: _grpc.UnaryUnaryMultiCallable[_journal_pb2.RenewLeasesRequest, _journal_pb2.RenewLeasesResponse]
     """Extends all leases of a holder; answers those that it has lost."""
@@ -66,7 +68,7 @@ class JournalServiceStub:
     """Streams what a trainer needs to go on: the newest snapshot, then all operations behind it."""
     RecordAdapter: _grpc.UnaryUnaryMultiCallable[_journal_pb2.RecordAdapterRequest, _journal_pb2.RecordAdapterResponse]
     """Records a revision or checkpoint whose blobs are stored; the same content again is no error.
-    Errors: STALE_LEASE, BLOB_NOT_FOUND, ADAPTER_EXISTS.
+    Errors: STALE_LEASE, BLOB_NOT_FOUND, ADAPTER_EXISTS, QUOTA_EXCEEDED.
     """
     LookupAdapter: _grpc.UnaryUnaryMultiCallable[_journal_pb2.LookupAdapterRequest, _journal_pb2.LookupAdapterResponse]
     """Returns a saved adapter of a tenant. Errors: ADAPTER_NOT_FOUND."""
@@ -77,7 +79,9 @@ class JournalServiceAsyncStub(JournalServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterRun: _aio.UnaryUnaryMultiCallable[_journal_pb2.RegisterRunRequest, _journal_pb2.RegisterRunResponse]  # type: ignore[assignment]
-    """Adds a run to the catalog, or returns the one that the same request made. Errors: REQUEST_ID_REUSED."""
+    """Adds a run to the catalog, or returns the one that the same request made.
+    Errors: REQUEST_ID_REUSED, QUOTA_EXCEEDED.
+    """
     LookupRun: _aio.UnaryUnaryMultiCallable[_journal_pb2.LookupRunRequest, _journal_pb2.LookupRunResponse]  # type: ignore[assignment]
     """Returns a run of a tenant with its lease. Errors: RUN_NOT_FOUND."""
     ScanRuns: _aio.UnaryUnaryMultiCallable[_journal_pb2.ScanRunsRequest, _journal_pb2.ScanRunsResponse]  # type: ignore[assignment]
@@ -86,7 +90,7 @@ class JournalServiceAsyncStub(JournalServiceStub):
     """Removes a run, its journal and its snapshots. Errors: RUN_NOT_FOUND."""
     ClaimRun: _aio.UnaryUnaryMultiCallable[_journal_pb2.ClaimRunRequest, _journal_pb2.ClaimRunResponse]  # type: ignore[assignment]
     """Takes the lease of a run: granted when it is free, expired or the holder's own; the epoch grows by one.
-    Errors: RUN_NOT_FOUND, LEASE_HELD.
+    Errors: RUN_NOT_FOUND, LEASE_HELD, RATE_LIMITED (the tenant has as many active runs as it may).
     """
     RenewLeases: _aio.UnaryUnaryMultiCallable[_journal_pb2.RenewLeasesRequest, _journal_pb2.RenewLeasesResponse]  # type: ignore[assignment]
     """Extends all leases of a holder; answers those that it has lost."""
@@ -106,7 +110,7 @@ class JournalServiceAsyncStub(JournalServiceStub):
     """Streams what a trainer needs to go on: the newest snapshot, then all operations behind it."""
     RecordAdapter: _aio.UnaryUnaryMultiCallable[_journal_pb2.RecordAdapterRequest, _journal_pb2.RecordAdapterResponse]  # type: ignore[assignment]
     """Records a revision or checkpoint whose blobs are stored; the same content again is no error.
-    Errors: STALE_LEASE, BLOB_NOT_FOUND, ADAPTER_EXISTS.
+    Errors: STALE_LEASE, BLOB_NOT_FOUND, ADAPTER_EXISTS, QUOTA_EXCEEDED.
     """
     LookupAdapter: _aio.UnaryUnaryMultiCallable[_journal_pb2.LookupAdapterRequest, _journal_pb2.LookupAdapterResponse]  # type: ignore[assignment]
     """Returns a saved adapter of a tenant. Errors: ADAPTER_NOT_FOUND."""
@@ -120,7 +124,9 @@ class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _journal_pb2.RegisterRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_journal_pb2.RegisterRunResponse, _abc.Awaitable[_journal_pb2.RegisterRunResponse]]:
-        """Adds a run to the catalog, or returns the one that the same request made. Errors: REQUEST_ID_REUSED."""
+        """Adds a run to the catalog, or returns the one that the same request made.
+        Errors: REQUEST_ID_REUSED, QUOTA_EXCEEDED.
+        """
 
     @_abc_1.abstractmethod
     def LookupRun(
@@ -153,7 +159,7 @@ class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_journal_pb2.ClaimRunResponse, _abc.Awaitable[_journal_pb2.ClaimRunResponse]]:
         """Takes the lease of a run: granted when it is free, expired or the holder's own; the epoch grows by one.
-        Errors: RUN_NOT_FOUND, LEASE_HELD.
+        Errors: RUN_NOT_FOUND, LEASE_HELD, RATE_LIMITED (the tenant has as many active runs as it may).
         """
 
     @_abc_1.abstractmethod
@@ -221,7 +227,7 @@ class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_journal_pb2.RecordAdapterResponse, _abc.Awaitable[_journal_pb2.RecordAdapterResponse]]:
         """Records a revision or checkpoint whose blobs are stored; the same content again is no error.
-        Errors: STALE_LEASE, BLOB_NOT_FOUND, ADAPTER_EXISTS.
+        Errors: STALE_LEASE, BLOB_NOT_FOUND, ADAPTER_EXISTS, QUOTA_EXCEEDED.
         """
 
     @_abc_1.abstractmethod
