@@ -69,10 +69,13 @@ class TrainingEngine:
         self.base = base
         self.max_tokens_per_pass = max_tokens_per_pass
 
-    def split(self, batch: TokenBatch) -> list[TokenBatch]:
-        """Cut a batch into chunks at datum boundaries, by its own lengths alone; SEQUENCE_TOO_LONG if one fits none."""
+    def split(self, batch: TokenBatch, *, limited: bool = True) -> list[TokenBatch]:
+        """Cut a batch into chunks at datum boundaries, by its own lengths alone.
+
+        SEQUENCE_TOO_LONG if a datum fits no pass, unless it is not `limited`: such a chunk needs a pass of its own.
+        """
         longest = int(batch.lengths_R.argmax())
-        if int(batch.lengths_R[longest]) > self.max_tokens_per_pass:
+        if limited and int(batch.lengths_R[longest]) > self.max_tokens_per_pass:
             raise EngineError(
                 "SEQUENCE_TOO_LONG",
                 f"datum {longest} has {int(batch.lengths_R[longest])} tokens, "
@@ -93,7 +96,7 @@ class TrainingEngine:
         Chunks without a gradient go through the base apart from the others: they need no graph.
         """
         total = sum(chunk.batch.num_tokens for chunk in chunks)
-        if total > self.max_tokens_per_pass:
+        if total > self.max_tokens_per_pass and len(chunks) > 1:
             raise EngineError("SEQUENCE_TOO_LONG", f"{total} tokens in a pass of at most {self.max_tokens_per_pass}")
         works = [_Work(chunk, self.base.device) for chunk in chunks]
         for forward_only in (True, False):

@@ -36,6 +36,7 @@ def trainer_settings(store_address: str, worker: str = "trainer-0", **changes: A
         "threads": 1,
         "drain_grace_seconds": 1.0,
         "lease_seconds": 3.0,
+        "measure_cost": False,
     }
     return TrainerSettings(**{**values, **changes})
 

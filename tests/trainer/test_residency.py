@@ -9,6 +9,7 @@ from treadle.v1 import training_pb2
 from treadle_engine import bases
 from treadle_engine.base_model import BaseModel
 from treadle_engine.lora import LoraConfig
+from treadle_trainer.budget import PassBudget
 from treadle_trainer.device import Device
 
 RANK = 4
@@ -32,7 +33,7 @@ async def in_memory(bench: Bench) -> list[str]:
 def state_bytes(rank: int) -> int:
     """Returns the memory of one run on Pip."""
     base = BaseModel.load(str(bases.pip_folder()), dtype="float32")
-    return Device(base, 4096).num_bytes(LoraConfig(rank=rank))
+    return Device(base, PassBudget(4096)).num_bytes(LoraConfig(rank=rank))
 
 
 async def test_hundreds_of_runs_share_memory_for_fifty(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def _loader(settings: TrainerSettings) -> Callable[[], Device]:
             quantize=settings.quantize,
             threads=settings.threads,
             max_tokens_per_pass=settings.max_tokens_per_pass,
+            target_pass_seconds=settings.target_pass_seconds,
+            measure_cost=settings.measure_cost,
         )
 
     return load

@@ -35,6 +35,8 @@ from treadle_engine.peft_format import (
     write_weights,
 )
 from treadle_service.logs import get_logger
+from treadle_trainer import probe
+from treadle_trainer.budget import PassBudget, choose_budget
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 log = get_logger(__name__)
@@ -71,10 +73,12 @@ class StateCopy:
 class Device:
     """A base and the runs that live on it."""
 
-    def __init__(self, base: BaseModel, max_tokens_per_pass: int) -> None:
-        """Serves `base` with passes of at most so many tokens."""
+    def __init__(self, base: BaseModel, budget: PassBudget) -> None:
+        """Serves `base` with passes within `budget`."""
         self._base = base
-        self._engine = TrainingEngine(base, max_tokens_per_pass)
+        self.budget = budget
+        """What a pass may hold; safe to read from any thread."""
+        self._engine = TrainingEngine(base, budget.max_tokens)
         self._states: dict[str, TrainState] = {}
         self._parked: dict[str, ParkedState] = {}
 
@@ -83,14 +87,12 @@ class Device:
         """Facts about the base; safe to read from any thread."""
         return self._base.info
 
-    @property
-    def max_tokens_per_pass(self) -> int:
-        """Most positions in one pass; safe to read from any thread."""
-        return self._engine.max_tokens_per_pass
+    def split(self, batch: TokenBatch, *, limited: bool = True) -> list[TokenBatch]:
+        """Cuts a batch into chunks by its own content; touches no state, safe from any thread.
 
-    def split(self, batch: TokenBatch) -> list[TokenBatch]:
-        """Cuts a batch into chunks by its own content; touches no state, safe from any thread."""
-        return self._engine.split(batch)
+        SEQUENCE_TOO_LONG if a datum is longer than a pass may be, unless it is not `limited`.
+        """
+        return self._engine.split(batch, limited=limited)
 
     def join_thread(self) -> None:
         """Gives the calling thread as many torch threads as the loading one has: sums depend on their number."""
@@ -195,12 +197,23 @@ class Device:
 
 
 def load_device(
-    path: str, name: str, *, dtype: str, device: str, quantize: str, threads: int, max_tokens_per_pass: int
+    path: str,
+    name: str,
+    *,
+    dtype: str,
+    device: str,
+    quantize: str,
+    threads: int,
+    max_tokens_per_pass: int,
+    target_pass_seconds: float,
+    measure_cost: bool,
 ) -> Device:
-    """Loads a base onto the device; runs on the thread that will own it."""
+    """Loads a base onto the device and finds out what passes cost; runs on the thread that will own it."""
     settle(threads)
     base = BaseModel.load(path, name=name, dtype=dtype, device=device, quantize=quantize)
-    return Device(base, max_tokens_per_pass)
+    cost = probe.measure(base) if measure_cost else None
+    memory = probe.device_memory(base.device)
+    return Device(base, choose_budget(max_tokens_per_pass, target_pass_seconds, cost, memory))
 
 
 def count_failed(data: bytes) -> int:

@@ -18,6 +18,7 @@ from treadle.errors import TreadleError
 from treadle.v1 import training_pb2
 from treadle_service.logs import get_logger
 from treadle_trainer import operations
+from treadle_trainer.budget import Pace, PassBudget
 from treadle_trainer.device import Device, PassChunk
 from treadle_trainer.executor import Executor
 from treadle_trainer.operations import PassWork
@@ -56,11 +57,12 @@ class DeviceLoop:
     """Feeds the executor; `run_forever` must be running."""
 
     def __init__(
-        self, executor: Executor, trace: PassTrace, max_tokens_per_pass: int, on_step: Callable[[Resident, int], None]
+        self, executor: Executor, trace: PassTrace, budget: PassBudget, on_step: Callable[[Resident, int], None]
     ) -> None:
         """`on_step` hears of each optimizer step right after it, before anything else happens to the run."""
         self._executor, self._trace, self._on_step = executor, trace, on_step
-        self._scheduler: FairScheduler[PickedChunk] = FairScheduler(max_tokens_per_pass)
+        self._budget, self._pace = budget, Pace()
+        self._scheduler: FairScheduler[PickedChunk] = FairScheduler(budget.max_tokens)
         self._residents: dict[str, Resident] = {}
         self._pass: asyncio.Task[None] | None = None
         self._pass_seconds = 0.0
@@ -73,6 +75,11 @@ class DeviceLoop:
         self.starters: dict[str, Callable[[Resident, RunOp], None]] = {OPTIM_STEP: self._start_optim_step}
         # What is to be done for a run that has work but whose state is not on the device.
         self.bring_in: Callable[[Resident], None] = lambda resident: None
+
+    @property
+    def pace(self) -> float:
+        """How much longer passes take than their measured cost says, lately."""
+        return self._pace.factor
 
     def add(self, resident: Resident) -> None:
         """Serves a run from now on."""
@@ -124,7 +131,8 @@ class DeviceLoop:
             if not queues:
                 self._patient_until = None
             elif not self._patient():
-                self._begin_pass(self._scheduler.pick(queues))
+                seconds = self._budget.target_seconds / self._pace.factor - self._budget.fixed_seconds
+                self._begin_pass(self._scheduler.pick(queues, seconds))
 
     async def _wait(self) -> None:
         """Sleeps until woken, until the next operation has waited too long, or until patience ends."""
@@ -217,8 +225,19 @@ class DeviceLoop:
         return [
             RunQueue(run.name, run.facts.tenant, chunks)
             for run in self._working()
-            if run.place is Place.DEVICE and (chunks := list(_waiting_chunks(run)))
+            if run.place is Place.DEVICE and (chunks := list(self._waiting_chunks(run)))
         ]
+
+    def _waiting_chunks(self, resident: Resident) -> Iterable[Waiting[PickedChunk]]:
+        """Yields the chunks of a run that may go into the next pass, in order."""
+        for op in resident.order.runnable_batch():
+            prepared = op.work.prepared
+            if prepared is None:
+                return
+            for index in range(len(prepared.results), len(prepared.chunks)):
+                chunk = prepared.chunks[index]
+                seconds = self._budget.seconds(chunk.lengths_R)
+                yield Waiting(chunk.num_tokens, PickedChunk(resident, op, prepared, index), seconds)
 
     def _begin_pass(self, picked: list[PickedChunk]) -> None:
         began = time.monotonic()
@@ -241,9 +260,11 @@ class DeviceLoop:
         except TreadleError as error:
             fault, results = error, []
         took = self._pass_seconds = time.monotonic() - began
+        usual = self._budget.fixed_seconds + sum(self._budget.seconds(chunk.batch.lengths_R) for chunk in chunks)
         pairs = zip(picked, chunks, strict=True)
         shares = [(pick.resident.name, pick.op.seq, chunk.batch.num_tokens) for pick, chunk in pairs]
-        self._trace.add(started, took, shares, self._steps_beside)
+        self._trace.add(started, took, shares, self._steps_beside, usual * self._pace.factor)
+        self._pace.learn(usual, took)
         for pick, result in zip(picked, results, strict=fault is None):
             pick.work.results.append(result)
         seen: set[tuple[str, int]] = set()
@@ -261,13 +282,3 @@ class DeviceLoop:
             self.conclude(resident, op, error)
         elif work.complete:
             self.conclude(resident, op, operations.pass_result(work))
-
-
-def _waiting_chunks(resident: Resident) -> Iterable[Waiting[PickedChunk]]:
-    """Yields the chunks of a run that may go into the next pass, in order."""
-    for op in resident.order.runnable_batch():
-        prepared = op.work.prepared
-        if prepared is None:
-            return
-        for index in range(len(prepared.results), len(prepared.chunks)):
-            yield Waiting(prepared.chunks[index].num_tokens, PickedChunk(resident, op, prepared, index))

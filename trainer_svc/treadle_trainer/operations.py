@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from treadle import names
 from treadle.errors import TreadleError, make_error
-from treadle.v1 import training_pb2, types_pb2
+from treadle.v1 import admin_pb2, training_pb2, types_pb2
 from treadle.wire import decode_batch, encode_outputs
 from treadle_engine.batch import BaseLimits, TokenBatch
 from treadle_engine.errors import EngineError
@@ -25,6 +25,7 @@ from treadle_engine.lora import LoraConfig
 from treadle_engine.losses import LossSpec
 from treadle_engine.optim import AdamParams
 from treadle_engine.passes import ChunkResult
+from treadle_trainer.budget import PassCost
 from treadle_trainer.runs import FORWARD
 
 MAX_ANSWER_BYTES: Final = 2_500_000
@@ -105,6 +106,18 @@ def adam_params(message: types_pb2.AdamParams) -> AdamParams:
         return AdamParams(**given)
     except EngineError as error:
         raise make_error(error.reason, error.message) from error
+
+
+def cost_message(cost: PassCost | None) -> admin_pb2.PassCost | None:
+    """Returns what passes cost as it is published, None where nothing was measured."""
+    if cost is None:
+        return None
+    return admin_pb2.PassCost(
+        fixed_seconds=cost.fixed_seconds,
+        seconds_per_token=cost.seconds_per_token,
+        seconds_per_square=cost.seconds_per_square,
+        bytes_per_token=cost.bytes_per_token,
+    )
 
 
 def lora_config(message: types_pb2.LoraConfig) -> LoraConfig:

@@ -24,8 +24,7 @@ from treadle_trainer.device import Device, count_failed
 from treadle_trainer.executor import Executor
 from treadle_trainer.journal_client import JournalClient
 from treadle_trainer.journal_writer import JournalWriter
-from treadle_trainer.operations import PassWork
-from treadle_trainer.resident import OpWork, Recorded, Resident, RunFacts
+from treadle_trainer.resident import OpWork, Prepare, Recorded, Resident, RunFacts
 from treadle_trainer.results import ResultLog, StoredResult
 from treadle_trainer.runs import Offer, RunOrder
 
@@ -67,7 +66,7 @@ class Recovery:
     store: JournalClient
     writer: JournalWriter
     fetch: FetchAdapter
-    prepare: Callable[[training_pb2.Operation], PassWork]
+    prepare: Prepare
     wake: Callable[[], None]
     max_context: int
     base: str
@@ -167,7 +166,7 @@ class Recovery:
             row.digest,
             operation.WhichOneof("kind") or "",
             len(payload),
-            OpWork(operation, recorded),
+            OpWork(operation, recorded, limited=False),
             None if recorded else operations.timeout_of(operation),
         )
         op = resident.order.restore(offer, time.monotonic())

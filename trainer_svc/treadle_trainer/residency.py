@@ -8,7 +8,6 @@ notices but by the time that the next operation takes. Knows nothing of passes o
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable
 from typing import Final
@@ -20,6 +19,7 @@ from treadle_trainer.device import Device
 from treadle_trainer.device_loop import DeviceLoop
 from treadle_trainer.executor import Executor
 from treadle_trainer.journal_client import JournalClient
+from treadle_trainer.memory import host_memory
 from treadle_trainer.resident import Place, Resident
 from treadle_trainer.snapshots import Snapshots
 
@@ -48,7 +48,7 @@ class Residency:
         """
         self._executor, self._loop, self._store, self._snapshots = executor, loop, store, snapshots
         self._residents, self._on_lost = residents, on_lost
-        self._max_bytes = max_bytes or int(DEFAULT_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        self._max_bytes = max_bytes or int(DEFAULT_SHARE * host_memory())
         self._coming: dict[str, int] = {}
         self._room = asyncio.Lock()
         loop.bring_in = self.bring_in

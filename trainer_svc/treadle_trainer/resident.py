@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Protocol
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -65,9 +66,19 @@ class OpWork:
     operation: training_pb2.Operation
     recorded: Recorded | None = None
     prepared: PassWork | None = None
+    limited: bool = True
+    """Whether the limits of this trainer hold; what was accepted in an earlier life must not depend on them."""
 
 
 RunOp = QueuedOp[OpWork]
+
+
+class Prepare(Protocol):
+    """How the batch of an operation is decoded, checked and cut."""
+
+    def __call__(self, operation: training_pb2.Operation, *, limited: bool) -> PassWork:
+        """Returns the work of a pass; raises TreadleError if it cannot run."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +103,7 @@ class Resident:
         results: ResultLog,
         *,
         writer: JournalWriter,
-        prepare: Callable[[training_pb2.Operation], PassWork],
+        prepare: Prepare,
         wake: Callable[[], None],
         on_diverged: Callable[[Resident, training_pb2.Divergence], None],
     ) -> None:
@@ -179,7 +190,7 @@ class Resident:
             op.doom = make_error("BAD_OPERATION", f"operation {op.seq} has no kind; set forward, optim_step or another")
         elif op.kind in BATCHED and op.num_bytes <= _PREPARE_INLINE_BYTES:
             try:
-                op.work.prepared = self._prepare(op.work.operation)
+                op.work.prepared = self._prepare(op.work.operation, limited=op.work.limited)
             except TreadleError as error:
                 op.doom = error
         elif op.kind in BATCHED:
@@ -287,7 +298,7 @@ class Resident:
 
     async def _prepare_aside(self, op: RunOp) -> None:
         try:
-            op.work.prepared = await asyncio.to_thread(self._prepare, op.work.operation)
+            op.work.prepared = await asyncio.to_thread(self._prepare, op.work.operation, limited=op.work.limited)
         except TreadleError as error:
             op.doom = op.doom or error
         self._wake()

@@ -1,29 +1,32 @@
 """Who shares the next pass: deficit round robin over tenants, in tokens, under the pass's budget. Pure.
 
 Each tenant with waiting work earns the same number of tokens per round; within a tenant, runs take turns; within a
-run, chunks go strictly in order. A tenant that floods the queue therefore delays nobody else by more than one pass.
-Knows nothing of what a chunk holds.
+run, chunks go strictly in order. A pass is full when the next chunk would make it too large or take it beyond its
+target duration; small chunks of other tenants may still ride along, on credit that they pay back. So a tenant that
+floods the queue delays nobody else by more than one pass. Knows nothing of what a chunk holds.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-QUANTUM_TOKENS: Final = 1024
-"""Tokens that a tenant earns per round: about one chunk."""
+QUANTUM_TOKENS: Final = 128
+"""Tokens that a tenant earns per round: less than a chunk, so that no turn lasts longer than a pass or two."""
 
 ChunkT = TypeVar("ChunkT")
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting(Generic[ChunkT]):
-    """A chunk that could go into the next pass."""
+    """A chunk that could go into the next pass, and the seconds that it would add (0: unknown)."""
 
     num_tokens: int
     chunk: ChunkT
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,28 @@ class RunQueue(Generic[ChunkT]):
     run: str
     tenant: str
     chunks: Sequence[Waiting[ChunkT]]
+
+
+class _Pass(Generic[ChunkT]):
+    """The pass being filled, and what still waits for it."""
+
+    def __init__(self, queues: Sequence[RunQueue[ChunkT]], max_tokens: int, max_seconds: float) -> None:
+        self.by_run = {queue.run: deque(queue.chunks) for queue in queues if queue.chunks}
+        self.picked: dict[str, list[ChunkT]] = {}
+        self._tokens, self._seconds = max_tokens, max_seconds
+
+    def fits(self, waiting: Waiting[ChunkT]) -> bool:
+        """Tells whether a chunk has room; the first always has."""
+        return not self.picked or (waiting.num_tokens <= self._tokens and waiting.seconds <= self._seconds)
+
+    def take(self, run: str) -> None:
+        """Puts a run's next chunk into the pass."""
+        waiting = self.by_run[run].popleft()
+        if not self.by_run[run]:
+            del self.by_run[run]
+        self.picked.setdefault(run, []).append(waiting.chunk)
+        self._tokens -= waiting.num_tokens
+        self._seconds -= waiting.seconds
 
 
 class FairScheduler(Generic[ChunkT]):
@@ -46,59 +71,51 @@ class FairScheduler(Generic[ChunkT]):
         self._turns: deque[str] = deque()
         self._run_turns: dict[str, deque[str]] = {}
 
-    def pick(self, queues: Sequence[RunQueue[ChunkT]]) -> list[ChunkT]:
-        """Returns the chunks of the next pass, each run's together and in order; empty only if nothing waits."""
-        by_run = {queue.run: deque(queue.chunks) for queue in queues if queue.chunks}
+    def pick(self, queues: Sequence[RunQueue[ChunkT]], max_seconds: float = math.inf) -> list[ChunkT]:
+        """Returns the chunks of the next pass, each run's together and in order; empty only if nothing waits.
+
+        Beyond the first chunk, the chunks add at most `max_seconds`.
+        """
         tenants: dict[str, list[str]] = {}
         for queue in queues:
             if queue.chunks:
                 tenants.setdefault(queue.tenant, []).append(queue.run)
         self._update_turns(tenants)
-        picked: dict[str, list[ChunkT]] = {}
-        room, full = self._max_tokens, False
-        while by_run and not full:
-            for _ in range(len(self._turns)):
-                tenant = self._turns[0]
-                room, full = self._serve(tenant, by_run, picked, room)
-                if full and room > 0:
-                    # The tenant's next chunk did not fit: it keeps its turn, and begins the next pass.
-                    break
-                self._turns.rotate(-1)
-                if full:
-                    break
-        return [chunk for chunks in picked.values() for chunk in chunks]
+        filling = _Pass(queues, self._max_tokens, max_seconds)
+        while filling.by_run:
+            tenant = self._turns[0]
+            if self._serve(tenant, filling, self._quantum):
+                # Its next chunk did not fit: it keeps its turn, and begins the next pass.
+                for other in list(self._turns)[1:]:
+                    self._serve(other, filling, 0)
+                break
+            self._turns.rotate(-1)
+        return [chunk for chunks in filling.picked.values() for chunk in chunks]
 
-    def _serve(
-        self, tenant: str, by_run: dict[str, deque[Waiting[ChunkT]]], picked: dict[str, list[ChunkT]], room: int
-    ) -> tuple[int, bool]:
-        """Gives one tenant its turn; returns the room left and whether the pass is full."""
+    def _serve(self, tenant: str, filling: _Pass[ChunkT], quantum: int) -> bool:
+        """Gives one tenant its turn with so much new credit; returns whether a chunk that it could pay did not fit.
+
+        Without new credit it may run up a debt of one quantum.
+        """
         turns = self._run_turns[tenant]
-        if not any(run in by_run for run in turns):
-            return room, False
-        self._deficits[tenant] = self._deficits.get(tenant, 0) + self._quantum
-        while run := next((run for run in turns if run in by_run), None):
-            waiting = by_run[run][0]
-            first = room == self._max_tokens
-            if waiting.num_tokens > room and not first:
+        floor = 0 if quantum else -self._quantum
+        self._deficits[tenant] = self._deficits.get(tenant, 0) + quantum
+        while run := next((run for run in turns if run in filling.by_run), None):
+            waiting = filling.by_run[run][0]
+            if self._deficits[tenant] - waiting.num_tokens < floor:
+                return False
+            if not filling.fits(waiting):
                 # This turn's credit comes again with the turn.
-                self._deficits[tenant] -= self._quantum
-                return room, True
-            if waiting.num_tokens > self._deficits[tenant]:
-                return room, False
+                self._deficits[tenant] -= quantum
+                return True
             self._deficits[tenant] -= waiting.num_tokens
-            room -= waiting.num_tokens
-            picked.setdefault(run, []).append(waiting.chunk)
-            by_run[run].popleft()
-            if not by_run[run]:
-                del by_run[run]
+            filling.take(run)
             # The run goes behind its tenant's others.
             turns.remove(run)
             turns.append(run)
-            if room <= 0:
-                return room, True
-        # Nothing waits any more: credit is not saved up for later.
-        self._deficits[tenant] = 0
-        return room, False
+        # Nothing waits any more: credit is not saved up for later. A debt stays while others keep the tenant waiting.
+        self._deficits[tenant] = min(self._deficits[tenant], 0)
+        return False
 
     def _update_turns(self, tenants: Mapping[str, Sequence[str]]) -> None:
         self._turns = deque([tenant for tenant in self._turns if tenant in tenants])

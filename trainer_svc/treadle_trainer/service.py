@@ -13,6 +13,7 @@ from treadle.errors import TreadleError, make_error
 from treadle.internal.v1 import trainer_pb2, trainer_pb2_grpc
 from treadle.v1 import training_pb2, training_pb2_grpc
 from treadle_service.principal import current_principal
+from treadle_trainer.operations import cost_message
 from treadle_trainer.resident import Resident
 from treadle_trainer.runs import Verdict
 from treadle_trainer.streams import MAX_OPERATION_BYTES, OperationStream, as_unary, read_hello
@@ -153,15 +154,17 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         """Returns load and totals."""
         _require_internal()
         trainer, trace = self._slot.trainer, self._slot.trainer.trace
-        busy = Duration()
-        busy.FromNanoseconds(int(trace.busy_seconds * 1e9))
         return trainer_pb2.GetTrainerStatusResponse(
             resident_runs=trainer.runs_in_memory,
             queued_operations=trainer.queue_depth,
             num_passes=trace.num_passes,
             num_tokens=trace.num_tokens,
-            busy=busy,
+            busy=_duration(trace.busy_seconds),
             num_shared_passes=trace.num_shared_passes,
+            max_tokens_per_pass=trainer.budget.max_tokens,
+            pass_cost=cost_message(trainer.budget.cost),
+            pace=trainer.pace,
+            target_pass=_duration(trainer.budget.target_seconds),
         )
 
     async def ListPasses(
@@ -187,6 +190,12 @@ async def _await_turn(resident: Resident, seq: int) -> None:
         raise make_error("SEQ_GAP", f"the run expects seq {expected}, got {seq}: send from {expected} on") from error
     finally:
         resident.order.forget_held(seq)
+
+
+def _duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(int(seconds * 1e9))
+    return message
 
 
 def _not_here(method: str) -> TreadleError:

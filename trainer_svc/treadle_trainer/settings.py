@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import socket
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from treadle_service.worker_settings import WorkerSettings
+from treadle_trainer.budget import LEAST_TOKENS
 
 
 class TrainerSettings(WorkerSettings):
@@ -20,7 +21,15 @@ class TrainerSettings(WorkerSettings):
         default_factory=lambda: f"trainer-{socket.gethostname()}".lower()[:63],
         description="id of this trainer, stable over restarts: it takes its runs back at once",
     )
-    max_tokens_per_pass: int = Field(4096, ge=64, description="most positions in one pass; also the longest sequence")
+    max_tokens_per_pass: int = Field(
+        0, ge=0, description="most positions in one pass, also the longest sequence, from 1024 on; 0: by memory"
+    )
+    target_pass_seconds: float = Field(
+        0.25, gt=0, description="how long a pass should take; one chunk of an operation may take longer"
+    )
+    measure_cost: bool = Field(
+        True, description="run a few passes at start to measure what one costs; without it only positions are counted"
+    )
     snapshot_every_steps: int = Field(10, ge=1, description="optimizer steps between two snapshots of a run")
     lease_seconds: float = Field(
         10.0, gt=0, description="how long a run stays with this trainer without a sign of life"
@@ -33,3 +42,10 @@ class TrainerSettings(WorkerSettings):
         5.0, gt=0, description="a run without work for so long gives up its gradient and leaves the device"
     )
     idle_seconds: float = Field(900.0, gt=0, description="a run without stream and work for so long is handed back")
+
+    @field_validator("max_tokens_per_pass")
+    @classmethod
+    def _holds_a_chunk(cls, value: int) -> int:
+        if 0 < value < LEAST_TOKENS:
+            raise ValueError(f"a pass must hold a chunk: at least {LEAST_TOKENS}, or 0 to choose by memory")
+        return value

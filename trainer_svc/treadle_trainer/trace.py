@@ -44,10 +44,17 @@ class PassTrace:
                 self._busy_seconds += time.monotonic() - self._working_since
 
     def add(
-        self, started: float, took: float, chunks: Sequence[tuple[str, int, int]], num_steps_beside: int = 0
+        self,
+        started: float,
+        took: float,
+        chunks: Sequence[tuple[str, int, int]],
+        num_steps_beside: int = 0,
+        expected: float = 0.0,
     ) -> None:
-        """Notes a pass that began at `started` (Unix time) with chunks (run, seq, tokens)."""
+        """Notes a pass that began at `started` (Unix time) with chunks (run, seq, tokens); 0 expected: nobody knew."""
         entry = trainer_pb2.Pass(num_steps_beside=num_steps_beside)
+        if expected:
+            entry.expected.FromNanoseconds(int(expected * 1e9))
         entry.started.FromNanoseconds(int(started * 1e9))
         entry.took.FromNanoseconds(int(took * 1e9))
         shares: dict[str, trainer_pb2.PassShare] = {}

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final
 
 from treadle import names
@@ -23,7 +24,7 @@ from treadle_trainer.device_loop import DeviceLoop
 from treadle_trainer.executor import Executor
 from treadle_trainer.journal_client import JournalClient
 from treadle_trainer.journal_writer import JournalWriter, Written
-from treadle_trainer.operations import lora_config, prepare
+from treadle_trainer.operations import cost_message, lora_config, prepare
 from treadle_trainer.recovery import Recovery
 from treadle_trainer.residency import Residency
 from treadle_trainer.resident import Place, Resident
@@ -44,15 +45,21 @@ class Trainer:
     ) -> None:
         """Builds the parts; `device` is used here for its immutable facts only."""
         self.settings, self.info, self.trace = settings, device.info, PassTrace()
-        self.address = address
+        self.address, self.budget = address, device.budget
         self.draining = False
         self._executor, self._store = executor, store
         self._residents: dict[str, Resident] = {}
         self._loading: dict[str, asyncio.Task[Resident]] = {}
         self._leaving: dict[str, asyncio.Task[None]] = {}
-        worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_TRAINER, address=address)
+        worker = admin_pb2.Worker(
+            worker=settings.worker,
+            kind=admin_pb2.WORKER_KIND_TRAINER,
+            address=address,
+            max_tokens_per_pass=self.budget.max_tokens,
+            pass_cost=cost_message(self.budget.cost),
+        )
         self.registration = Registration(store, worker, self.info, settings.lease_seconds / 3, self._load_now)
-        self._loop = DeviceLoop(executor, self.trace, device.max_tokens_per_pass, self._stepped)
+        self._loop = DeviceLoop(executor, self.trace, self.budget, self._stepped)
         self._writer = JournalWriter(store, self._written, self._refused)
         self.snapshots = Snapshots(executor, store, settings.snapshot_every_steps)
         self._residency = Residency(
@@ -71,9 +78,9 @@ class Trainer:
             store,
             self._writer,
             adapters.fetch,
-            lambda operation: prepare(operation, device.info, device.split),
+            lambda operation, *, limited: prepare(operation, device.info, partial(device.split, limited=limited)),
             self._loop.wake,
-            min(device.info.max_context, device.max_tokens_per_pass),
+            min(device.info.max_context, self.budget.max_tokens),
             device.info.name,
         )
 
@@ -153,6 +160,11 @@ class Trainer:
     def queue_depth(self) -> int:
         """Operations that wait or run, over all runs."""
         return sum(len(resident.order) for resident in self._residents.values())
+
+    @property
+    def pace(self) -> float:
+        """How much longer passes take than their measured cost says, lately."""
+        return self._loop.pace
 
     def _load_now(self) -> tuple[int, int, bool]:
         return len(self._residents), self.queue_depth, self.draining

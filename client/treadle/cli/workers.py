@@ -1,9 +1,14 @@
 """`treadle worker`: who works in this deployment."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from treadle.cli.connect import CALL_SECONDS, Place, open_channel, place_options
 from treadle.cli.output import print_rows
+
+if TYPE_CHECKING:
+    from treadle.v1 import admin_pb2
 
 
 @click.group()
@@ -30,7 +35,13 @@ def list_(place: Place) -> None:
             "resident": found.num_resident,
             "queue": found.queue_depth,
             "draining": found.draining,
+            "tokens/s": _tokens_per_second(found.pass_cost),
         }
         for found in answer.workers
     ]
     print_rows(place, rows, "no workers")
+
+
+def _tokens_per_second(cost: "admin_pb2.PassCost") -> int | None:
+    """Returns how fast a trainer trains, as measured at its start; None for samplers and where nothing was measured."""
+    return round(1 / cost.seconds_per_token) if cost.seconds_per_token else None

@@ -45,7 +45,7 @@ class Key(_message.Message):
     def __init__(self, key_id: _Optional[str] = ..., tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., revoked: bool = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("worker", "kind", "base", "address", "num_resident", "queue_depth", "last_seen", "draining")
+    __slots__ = ("worker", "kind", "base", "address", "num_resident", "queue_depth", "last_seen", "draining", "pass_cost", "max_tokens_per_pass")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,8 @@ class Worker(_message.Message):
     QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PASS_COST_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_PER_PASS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     kind: WorkerKind
     base: str
@@ -62,7 +64,21 @@ class Worker(_message.Message):
     queue_depth: int
     last_seen: _timestamp_pb2.Timestamp
     draining: bool
-    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[WorkerKind, str]] = ..., base: _Optional[str] = ..., address: _Optional[str] = ..., num_resident: _Optional[int] = ..., queue_depth: _Optional[int] = ..., last_seen: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., draining: bool = ...) -> None: ...
+    pass_cost: PassCost
+    max_tokens_per_pass: int
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[WorkerKind, str]] = ..., base: _Optional[str] = ..., address: _Optional[str] = ..., num_resident: _Optional[int] = ..., queue_depth: _Optional[int] = ..., last_seen: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., draining: bool = ..., pass_cost: _Optional[_Union[PassCost, _Mapping]] = ..., max_tokens_per_pass: _Optional[int] = ...) -> None: ...
+
+class PassCost(_message.Message):
+    __slots__ = ("fixed_seconds", "seconds_per_token", "seconds_per_square", "bytes_per_token")
+    FIXED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_PER_SQUARE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    fixed_seconds: float
+    seconds_per_token: float
+    seconds_per_square: float
+    bytes_per_token: int
+    def __init__(self, fixed_seconds: _Optional[float] = ..., seconds_per_token: _Optional[float] = ..., seconds_per_square: _Optional[float] = ..., bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class BaseModel(_message.Message):
     __slots__ = ("name", "max_context", "vocab_size", "dtype", "trainable", "sampleable", "tokenizer", "num_parameters", "eos_token_ids")
