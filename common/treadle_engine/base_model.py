@@ -36,6 +36,9 @@ ROW_MULTIPLE = 16
 _UNSTABLE_ROPE = ("dynamic", "longrope")
 
 
+_SHARED_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
 @dataclass(frozen=True)
 class BaseInfo:
     """Facts about a base that do not change; `name` says how it is quantized, `plain_name` is that of its weights."""
@@ -229,7 +232,8 @@ def _pack_linears(model: PreTrainedModel, kind: Quantization, device: torch.devi
 def _replace_linears(model: PreTrainedModel) -> tuple[list[SegmentedLinear], tuple[LoraSite, ...]]:
     """Swap every linear of the decoder layers, then the unembedding; return them with their sites, in order."""
     found = _find_linears(model)
-    linears, sites = [], []
+    linears: list[SegmentedLinear] = []
+    sites: list[LoraSite] = []
     for index, (name, linear) in enumerate(found):
         kind: SiteKind = (
             "unembed" if index == len(found) - 1 else "attn" if "attn" in name or "attention" in name else "mlp"
@@ -237,8 +241,16 @@ def _replace_linears(model: PreTrainedModel) -> tuple[list[SegmentedLinear], tup
         replacement = SegmentedLinear(linear, index)
         model.set_submodule(name, replacement)
         linears.append(replacement)
-        sites.append(LoraSite(index, name, linear.in_features, linear.out_features, kind))
+        previous = sites[-1] if sites else None
+        group = previous.group if previous is not None and _share_input(previous.module_name, name) else index
+        sites.append(LoraSite(index, name, linear.in_features, linear.out_features, kind, group))
     return linears, tuple(sites)
+
+
+def _share_input(previous: str, name: str) -> bool:
+    """Tell whether two linears are siblings that read the same input in every architecture that names them so."""
+    (parent, _, first), (other, _, second) = previous.rpartition("."), name.rpartition(".")
+    return parent == other and any(first in names and second in names for names in _SHARED_INPUT)
 
 
 def _refuse_unstable(model: PreTrainedModel) -> None:

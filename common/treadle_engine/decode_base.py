@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from treadle_engine.base_model import ROW_MULTIPLE, BaseInfo, BaseModel
 from treadle_engine.lora import Segment, SegmentedLinear
+from treadle_engine.lora_products import add_lora
 
 
 class PaddedSegments(list[Segment]):
@@ -65,10 +66,17 @@ class PaddedLinear(SegmentedLinear):
             y_MO.index_copy_(0, padded.rows_N, y_PO.index_select(0, padded.places_N))
         return y_MO, []
 
+    @classmethod
+    def project_group(
+        cls, linears: Sequence[SegmentedLinear], x_MI: Tensor, segments: Sequence[Segment]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return y_MO of each linear; nothing is kept."""
+        return [linear.project(x_MI, segments)[0] for linear in linears], []
+
     def _add(self, segment: Segment, x_NI: Tensor, y_NO: Tensor) -> None:
-        pair = segment.pair(self.site)
-        if pair is not None and segment.weights is not None:
-            y_NO.addmm_(F.linear(x_NI, pair[0]), pair[1].t(), alpha=segment.weights.scale)
+        block = segment.block(self.site, 1)
+        if block is not None and segment.weights is not None:
+            add_lora(block, x_NI, [y_NO], segment.weights.scale)
 
 
 class DecodeBase(BaseModel):

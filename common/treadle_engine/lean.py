@@ -44,10 +44,10 @@ class _NormSaved:
 
 @dataclass
 class _LinearSaved:
-    """The shared input of some linears and each one's x A^T by segment."""
+    """The input that a group of linears shares and its A x^T by segment."""
 
     x_PI: Tensor
-    lows: list[list[Tensor | None]]
+    lows: list[Tensor | None]
 
 
 @dataclass
@@ -235,8 +235,8 @@ class _Stack(torch.autograd.Function):
 def _project(
     linears: Sequence[SegmentedLinear], x_PI: Tensor, segments: Sequence[Segment]
 ) -> tuple[list[Tensor], _LinearSaved]:
-    outputs = [linear.project(x_PI, segments) for linear in linears]
-    return [y_PO for y_PO, _ in outputs], _LinearSaved(x_PI, [lows for _, lows in outputs])
+    outputs, lows = linears[0].project_group(linears, x_PI, segments)
+    return outputs, _LinearSaved(x_PI, lows)
 
 
 def _project_backward(
@@ -247,10 +247,8 @@ def _project_backward(
     need_input: bool = True,
 ) -> Tensor:
     """Return the gradient of the input that the linears share; an empty tensor if it is not needed."""
-    total_PI: Tensor | None = None
-    for linear, g_PO, lows in zip(linears, gradients, saved.lows, strict=True):
-        total_PI = linear.project_backward(g_PO, saved.x_PI, lows, segments, need_input, into=total_PI)
-    return saved.x_PI.new_empty(0) if total_PI is None else total_PI
+    g_PI = linears[0].group_backward(linears, gradients, saved.x_PI, saved.lows, segments, need_input)
+    return saved.x_PI.new_empty(0) if g_PI is None else g_PI
 
 
 def _norm(norm: Module, x: Tensor) -> tuple[Tensor, _NormSaved]:

@@ -102,7 +102,7 @@ def _run_tile(base: BaseModel, x_TD: Tensor, tile: Sequence[_Piece], g_TD: Tenso
     offsets = [segment.start for segment in segments]
     kept_B = torch.cat([selected + offset for selected, offset in zip(kept, offsets, strict=True)])
     if kept_B.shape[0] < num_rows:  # else everything is in place already: spare the copies
-        lows = [None if low is None else low.index_select(0, rows) for low, rows in zip(lows, kept, strict=True)]
+        lows = [None if low is None else low.index_select(1, rows) for low, rows in zip(lows, kept, strict=True)]
         logits_NV, targets_NK, x_PD = logits_NV[kept_B], targets_NK[kept_B], x_PD[kept_B]
     g_BV = _logit_gradient(base, logits_NV, targets_NK, torch.cat(slopes))
     segments = _segments(tile, [selected.numel() for selected in kept])

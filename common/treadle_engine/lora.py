@@ -6,13 +6,15 @@ checkpoint or a digest is one operation on one tensor. This module does not know
 
 # Shape suffix legend
 #   M = rows of the stream, N = rows of one segment, I = in features, O = out features, R = rank
+#   S = R times the sites of a group, whose A lie one below the other
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle_engine.errors import EngineError
+from treadle_engine.lora_products import Block, add_gradients, add_lora, add_to_input_gradient, low_gradient
 from treadle_engine.quantize import PackedLinear, PackedWeight
 
 SiteKind = Literal["attn", "mlp", "unembed"]
@@ -32,13 +35,17 @@ _ALIGN = 16
 
 @dataclass(frozen=True)
 class LoraSite:
-    """One linear of a base that may carry an adapter; `index` is fixed per base."""
+    """One linear of a base that may carry an adapter; `index` is fixed per base.
+
+    `group` is the index of the first of the neighbouring sites that read the same input, often the site's own.
+    """
 
     index: int
     module_name: str
     in_features: int
     out_features: int
     kind: SiteKind
+    group: int
 
 
 @dataclass(frozen=True)
@@ -92,30 +99,63 @@ class AdapterBase(Protocol):
 
 
 class AdapterLayout:
-    """Where every A [R, I] and B [O, R] lies in the flat buffer."""
+    """Where every A [R, I] and the transpose of every B [O, R] lies in the flat buffer.
+
+    The As of a group follow each other without a gap, so that one product serves them all. B lies transposed because
+    products with a long thin [O, R] run at a fraction of the speed of those with [R, O] on a CPU.
+    """
 
     def __init__(self, sites: Sequence[LoraSite], rank: int) -> None:
-        """Lay the sites out in order, A before B, each aligned."""
+        """Lay the groups out in order, As before Bs; each group's As and each B are aligned."""
         self.sites = tuple(sites)
         self.rank = rank
-        self._num_slots = 1 + max((site.index for site in self.sites), default=-1)
-        self._offsets: list[tuple[int, int]] = []
+        self._places: dict[int, tuple[LoraSite, int, int]] = {}
         end = 0
-        for site in self.sites:
-            offset_a = end
-            offset_b = _aligned(offset_a + rank * site.in_features)
-            end = _aligned(offset_b + site.out_features * rank)
-            self._offsets.append((offset_a, offset_b))
+        for _, members in groupby(self.sites, key=lambda site: site.group):
+            group, offset_a = list(members), end
+            end = _aligned(offset_a + sum(rank * site.in_features for site in group))
+            for site in group:
+                self._places[site.index] = (site, offset_a, end)
+                offset_a += rank * site.in_features
+                end = _aligned(end + rank * site.out_features)
         self.num_elements = end
 
     def pairs(self, flat: Tensor) -> list[Pair | None]:
-        """Return (A, B) views of `flat` by site index, None where the adapter has no weights."""
-        pairs: list[Pair | None] = [None] * self._num_slots
-        for site, (offset_a, offset_b) in zip(self.sites, self._offsets, strict=True):
-            a_RI = flat[offset_a : offset_a + self.rank * site.in_features].view(self.rank, site.in_features)
-            b_OR = flat[offset_b : offset_b + site.out_features * self.rank].view(site.out_features, self.rank)
-            pairs[site.index] = (a_RI, b_OR)
+        """Return (A, B) views of `flat` by site index, None where the adapter has no weights; B is not contiguous."""
+        pairs: list[Pair | None] = [None] * (1 + max(self._places, default=-1))
+        for index in self._places:
+            block = self.block(flat, index, 1)
+            pairs[index] = None if block is None else (block.a_SI, block.bt_ROs[0].t())
         return pairs
+
+    def block(self, flat: Tensor, first: int, count: int) -> Block | None:
+        """Return the views of `count` sites from `first` on, members of one group; None without weights there."""
+        if first not in self._places:
+            return None
+        site, offset, _ = self._places[first]
+        a_SI = flat[offset : offset + count * self.rank * site.in_features].view(-1, site.in_features)
+        bt_ROs = []
+        for index in range(first, first + count):
+            site, _, offset = self._places[index]
+            bt_ROs.append(flat[offset : offset + self.rank * site.out_features].view(self.rank, site.out_features))
+        return Block(a_SI, tuple(bt_ROs))
+
+
+class FlatViews:
+    """Views of one flat buffer by site, made once and kept: making them costs as much as a small product."""
+
+    def __init__(self, layout: AdapterLayout, flat: Tensor) -> None:
+        """Look at `flat` through `layout`."""
+        self.flat = flat
+        self._layout = layout
+        self._blocks: dict[tuple[int, int], Block | None] = {}
+
+    def block(self, first: int, count: int) -> Block | None:
+        """Return what `AdapterLayout.block` returns."""
+        key = (first, count)
+        if key not in self._blocks:
+            self._blocks[key] = self._layout.block(self.flat, first, count)
+        return self._blocks[key]
 
 
 class AdapterWeights:
@@ -132,7 +172,9 @@ class AdapterWeights:
             raise EngineError("INCOMPATIBLE_ADAPTER", f"expected {self.layout.num_elements} float32 values")
         self.flat = flat
         self._shadow = flat if base.dtype == torch.float32 else flat.to(base.dtype)
+        self.views = FlatViews(self.layout, self._shadow)
         self.pairs = self.layout.pairs(self._shadow)
+        self._gradient_views: FlatViews | None = None
 
     @classmethod
     def init(cls, base: AdapterBase, config: LoraConfig) -> AdapterWeights:
@@ -183,6 +225,12 @@ class AdapterWeights:
         if self._shadow is not self.flat:
             self._shadow.copy_(self.flat)
 
+    def views_of(self, grads: Tensor) -> FlatViews:
+        """Return views of a gradient buffer; those of the latest one are kept."""
+        if self._gradient_views is None or self._gradient_views.flat is not grads:
+            self._gradient_views = FlatViews(self.layout, grads)
+        return self._gradient_views
+
     @property
     def num_bytes(self) -> int:
         """Memory held, in bytes."""
@@ -207,7 +255,6 @@ class Segment:
     stop: int
     weights: AdapterWeights | None
     grads: Tensor | None = None
-    _views: list[Pair | None] | None = field(default=None, repr=False, compare=False)
 
     def pair(self, site: int) -> Pair | None:
         """Return (A, B) in compute dtype at a site, None where this segment is the plain base."""
@@ -215,13 +262,15 @@ class Segment:
             return None
         return self.weights.pairs[site]
 
-    def grad_pair(self, site: int) -> Pair | None:
-        """Return (dA, dB) views of `grads` at a site, None when no gradient is wanted."""
+    def block(self, first: int, count: int) -> Block | None:
+        """Return the weights of `count` neighbouring sites in compute dtype, None where this is the plain base."""
+        return None if self.weights is None else self.weights.views.block(first, count)
+
+    def gradient_block(self, first: int, count: int) -> Block | None:
+        """Return the views of `grads` at `count` neighbouring sites, None when no gradient is wanted."""
         if self.grads is None or self.weights is None:
             return None
-        if self._views is None:
-            self._views = self.weights.layout.pairs(self.grads)
-        return self._views[site] if site < len(self._views) else None
+        return self.weights.views_of(self.grads).block(first, count)
 
 
 class SegmentedLinear(nn.Linear):
@@ -253,18 +302,25 @@ class SegmentedLinear(nn.Linear):
         return self.weight if self.packed is None else self.packed.unpack()
 
     def project(self, x_MI: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Tensor | None]]:
-        """Return y_MO and each segment's x A^T (None where it has no LoRA here)."""
-        y_MO = F.linear(x_MI, self.frozen_weight(), self.bias)
+        """Return y_MO and each segment's A x^T [R, N] (None where it has no LoRA here)."""
+        (y_MO,), lows = self.project_group((self,), x_MI, segments)
+        return y_MO, lows
+
+    @classmethod
+    def project_group(
+        cls, linears: Sequence[SegmentedLinear], x_MI: Tensor, segments: Sequence[Segment]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return y_MO of each linear of one group, which share their input, and each segment's low_SN."""
+        ys = [F.linear(x_MI, linear.frozen_weight(), linear.bias) for linear in linears]
         lows: list[Tensor | None] = []
         for segment in segments:
-            pair = segment.pair(self.site)
-            if pair is None or segment.weights is None:
+            block = segment.block(linears[0].site, len(linears))
+            if block is None or segment.weights is None:
                 lows.append(None)
                 continue
-            low_NR = x_MI[segment.start : segment.stop].mm(pair[0].t())
-            y_MO[segment.start : segment.stop].addmm_(low_NR, pair[1].t(), alpha=segment.weights.scale)
-            lows.append(low_NR)
-        return y_MO, lows
+            rows = slice(segment.start, segment.stop)
+            lows.append(add_lora(block, x_MI[rows], [y_MO[rows] for y_MO in ys], segment.weights.scale))
+        return ys, lows
 
     def project_backward(
         self,
@@ -273,35 +329,39 @@ class SegmentedLinear(nn.Linear):
         lows: Sequence[Tensor | None],
         segments: Sequence[Segment],
         need_input: bool,
-        into: Tensor | None = None,
     ) -> Tensor | None:
-        """Accumulate dA and dB segment by segment, in order; return dx_MI, added to `into`, if it is needed."""
+        """Accumulate dA and dB segment by segment, in order; return dx_MI if it is needed."""
+        return self.group_backward((self,), (g_MO,), x_MI, lows, segments, need_input)
+
+    @classmethod
+    def group_backward(
+        cls,
+        linears: Sequence[SegmentedLinear],
+        gradients: Sequence[Tensor],
+        x_MI: Tensor,
+        lows: Sequence[Tensor | None],
+        segments: Sequence[Segment],
+        need_input: bool,
+    ) -> Tensor | None:
+        """Do what `project_backward` does for a group, given the gradient g_MO of each of its outputs."""
         g_MI: Tensor | None = None
         if need_input:
-            weight_OI = self.frozen_weight()
-            g_MI = g_MO.mm(weight_OI) if into is None else into.addmm_(g_MO, weight_OI)
-        for segment, low_NR in zip(segments, lows, strict=True):
-            pair, grads = segment.pair(self.site), segment.grad_pair(self.site)
-            if low_NR is None or pair is None or segment.weights is None or (g_MI is None and grads is None):
+            for linear, g_MO in zip(linears, gradients, strict=True):
+                weight_OI = linear.frozen_weight()
+                g_MI = g_MO.mm(weight_OI) if g_MI is None else g_MI.addmm_(g_MO, weight_OI)
+        first, count = linears[0].site, len(linears)
+        for segment, low_SN in zip(segments, lows, strict=True):
+            block, total = segment.block(first, count), segment.gradient_block(first, count)
+            if low_SN is None or block is None or segment.weights is None or (g_MI is None and total is None):
                 continue
             scale, rows = segment.weights.scale, slice(segment.start, segment.stop)
-            g_NR = g_MO[rows].mm(pair[1])
+            own = [g_MO[rows] for g_MO in gradients]
+            g_SN = low_gradient(block, own)
             if g_MI is not None:
-                g_MI[rows].addmm_(g_NR, pair[0], alpha=scale)
-            if grads is not None:
-                _accumulate(grads[0], g_NR, x_MI[rows], scale)
-                _accumulate(grads[1], g_MO[rows], low_NR, scale)
+                add_to_input_gradient(block, g_SN, g_MI[rows], scale)
+            if total is not None:
+                add_gradients(total, g_SN, low_SN, x_MI[rows], own, scale)
         return g_MI
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Add scale * left^T right to the float32 `total`; the product itself is float32 whatever the inputs are."""
-    if left.dtype == torch.float32:
-        total.addmm_(left.t(), right, alpha=scale)
-    elif left.is_cuda:
-        total.add_(torch.mm(left.t(), right, out_dtype=torch.float32), alpha=scale)
-    else:
-        total.addmm_(left.t().float(), right.float(), alpha=scale)
 
 
 class _SegmentedLora(torch.autograd.Function):

@@ -110,7 +110,8 @@ def train_both(
 def test_one_step_equals_peft_and_adamw(pip: BaseModel, pip_folder: Path, tmp_path: Path, loss: str) -> None:
     """One step of every loss moves every weight as PEFT's own modules and AdamW do."""
     losses, (largest, relative) = train_both(pip_folder, pip, tmp_path, loss, steps=1)
-    assert losses[0][0] == pytest.approx(losses[0][1], rel=1e-6)
+    # A loss of ratios takes the rounding of a log-prob through exp: two computations agree to some 1e-6.
+    assert losses[0][0] == pytest.approx(losses[0][1], rel=1e-6 if loss == "cross_entropy" else 1e-5)
     # Adam divides by the gradient's size, so the few weights whose gradient is all rounding may differ by up to lr.
     assert relative < 1e-3
     assert largest < 1e-3
