@@ -6,12 +6,12 @@ not know LoRA, losses or the model.
 """
 
 # Shape suffix legend
-#   T = packed tokens, P = T plus padding rows, L = tokens of one sequence, M = L times query heads per group
-#   H = query heads, G = key/value heads, d = head dimension
+#   T = packed tokens, P = T plus padding rows, L = tokens of one sequence, d = head dimension
+#   H = query heads, G = key/value heads, S = query heads that share a key head (H / G)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +24,9 @@ from treadle_engine.errors import EngineError
 IMPLEMENTATION = "treadle"
 """Name under which the packed attention is registered with transformers."""
 
-# Up to this length the probabilities of all heads are small enough to keep for the backward.
-_SHORT = 256
+# torch's fused kernels for CPUs. Asked directly, a sequence costs no autograd graph and no copy of shared key heads.
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 class AttentionPlan(Protocol):
@@ -99,18 +100,13 @@ class PackedCausal:
         if self._cumulative is not None and q_THd.dtype != torch.float32:
             return self._varlen(self._cumulative, q_THd, k_TGd, v_TGd, scale, window)
         # One call per sequence: a result can then not depend on who else is in the stream.
-        # The kernel, too, is chosen by each sequence's own length. When all are short, one node serves them all.
         lengths = self._lengths
-        if _fits_short(q_THd, lengths, window):
-            return _short(q_THd, k_TGd, v_TGd, lengths, scale)
+        unlimited = window is None or window >= max(lengths)
+        if self._device.type == "cpu" and unlimited and q_THd.shape[2] == v_TGd.shape[2]:
+            o_THd: Tensor = _FusedCausal.apply(q_THd, k_TGd, v_TGd, lengths, scale)  # type: ignore[no-untyped-call]
+            return o_THd
         streams = (torch.split(stream, lengths) for stream in (q_THd, k_TGd, v_TGd))
-        parts = []
-        for length, q, k, v in zip(lengths, *streams, strict=True):
-            if _fits_short(q, [length], window):
-                parts.append(_short(q, k, v, [length], scale))
-            else:
-                parts.append(_causal(q, k, v, scale, window))
-        return torch.cat(parts)
+        return torch.cat([_causal(q, k, v, scale, window) for q, k, v in zip(*streams, strict=True)])
 
     def _varlen(
         self, bounds: Tensor, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, window: int | None
@@ -137,77 +133,51 @@ class PackedCausal:
         return o_THd
 
 
-def _fits_short(q_THd: Tensor, lengths: Sequence[int], window: int | None) -> bool:
-    longest = max(lengths)
-    unlimited = window is None or window >= longest
-    return q_THd.dtype == torch.float32 and q_THd.is_cpu and longest <= _SHORT and unlimited
-
-
-def _short(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    o_THd: Tensor = _ShortCausal.apply(q_THd, k_TGd, v_TGd, lengths, scale)  # type: ignore[no-untyped-call]
-    return o_THd
-
-
-class _ShortCausal(torch.autograd.Function):
-    """Causal attention of short float32 sequences by plain products: on a CPU two to three times faster than SDPA.
-
-    Each sequence is a call of its own on freshly packed buffers, so its bits do not depend on its neighbours.
-    The probabilities are kept for the backward, which is why only short sequences come here.
-    """
+class _FusedCausal(torch.autograd.Function):
+    """Causal attention of every sequence of the stream as one node, by one fused call per sequence each way."""
 
     @staticmethod
     def forward(ctx: Any, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-        groups = k_TGd.shape[1]
-        out_THd = torch.empty(q_THd.shape, dtype=q_THd.dtype)
-        masks: dict[int, Tensor] = {}
         saved: list[Tensor] = []
-        start = 0
-        for length in lengths:
-            if length not in masks:
-                masks[length] = torch.full((length, length), -torch.inf).triu_(1)
-            rows = slice(start, start + length)
-            q_GMd = _by_group(q_THd[rows], groups)
-            k_GLd, v_GLd = _by_group(k_TGd[rows], groups), _by_group(v_TGd[rows], groups)
-            score_GML = torch.bmm(q_GMd, k_GLd.transpose(1, 2)).mul_(scale)
-            score_GML.view(groups, -1, length, length).add_(masks[length])
-            prob_GML = torch.softmax(score_GML, dim=-1)
-            out_THd[rows] = _by_head(torch.bmm(prob_GML, v_GLd), length)
-            saved += [q_GMd, k_GLd, v_GLd, prob_GML]
-            start = rows.stop
+        parts: list[Tensor] = []
+        for q, k, v in _sequences(q_THd, k_TGd, v_TGd, lengths):
+            o_SGLd, sum_SGL = _FUSED(q, k, v, 0.0, True, scale=scale)
+            saved += [q, k, v, o_SGLd, sum_SGL]
+            parts.append(o_SGLd.permute(2, 1, 0, 3).flatten(1, 2))
         ctx.save_for_backward(*saved)
-        ctx.lengths, ctx.scale, ctx.groups = lengths, scale, groups
-        return out_THd
+        ctx.lengths, ctx.scale, ctx.groups = lengths, scale, k_TGd.shape[1]
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        g_THd = grad_outputs[0]
-        groups, saved = ctx.groups, ctx.saved_tensors
-        gq_THd = torch.empty(g_THd.shape, dtype=g_THd.dtype)
-        gk_TGd, gv_TGd = (torch.empty(g_THd.shape[0], groups, g_THd.shape[2], dtype=g_THd.dtype) for _ in range(2))
-        start = 0
-        for index, length in enumerate(ctx.lengths):
-            q_GMd, k_GLd, v_GLd, prob_GML = saved[4 * index : 4 * index + 4]
-            rows = slice(start, start + length)
-            g_GMd = _by_group(g_THd[rows], groups)
-            gv_TGd[rows] = torch.bmm(prob_GML.transpose(1, 2), g_GMd).transpose(0, 1)
-            gprob_GML = torch.bmm(g_GMd, v_GLd.transpose(1, 2))
-            gscore_GML = torch._softmax_backward_data(gprob_GML, prob_GML, -1, prob_GML.dtype).mul_(ctx.scale)
-            gq_THd[rows] = _by_head(torch.bmm(gscore_GML, k_GLd), length)
-            gk_TGd[rows] = torch.bmm(gscore_GML.transpose(1, 2), q_GMd).transpose(0, 1)
-            start = rows.stop
+        g_THd, saved = grad_outputs[0], ctx.saved_tensors
+        gq_THd = torch.empty_like(g_THd, memory_format=torch.contiguous_format)
+        gk_TGd, gv_TGd = (g_THd.new_empty(g_THd.shape[0], ctx.groups, g_THd.shape[2]) for _ in range(2))
+        places = zip(*(torch.split(total, ctx.lengths) for total in (g_THd, gq_THd, gk_TGd, gv_TGd)), strict=True)
+        for index, (g_LHd, gq_LHd, gk_LGd, gv_LGd) in enumerate(places):
+            q, k, v, o_SGLd, sum_SGL = saved[5 * index : 5 * index + 5]
+            g_SGLd = _by_group(g_LHd, ctx.groups)
+            gq, gk, gv = _FUSED_BACKWARD(g_SGLd, q, k, v, o_SGLd, sum_SGL, 0.0, True, scale=ctx.scale)
+            _by_group(gq_LHd, ctx.groups).copy_(gq)
+            torch.sum(gk, 0, out=gk_LGd.transpose(0, 1))
+            torch.sum(gv, 0, out=gv_LGd.transpose(0, 1))
         return gq_THd, gk_TGd, gv_TGd, None, None
 
 
+def _sequences(
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, lengths: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield views [S, G, L, d] of each sequence: query heads that share a key head lie in the kernel's batch."""
+    groups = k_TGd.shape[1]
+    shared = q_THd.shape[1] // groups
+    for q, k, v in zip(*(torch.split(stream, lengths) for stream in (q_THd, k_TGd, v_TGd)), strict=True):
+        keys, values = (x_LGd.transpose(0, 1).expand(shared, -1, -1, -1) for x_LGd in (k, v))
+        yield _by_group(q, groups), keys, values
+
+
 def _by_group(x_LHd: Tensor, groups: int) -> Tensor:
-    """Pack [L, H, d] to [G, H/G * L, d]: the query heads that share a key head become rows of one product."""
-    length, heads, size = x_LHd.shape
-    return x_LHd.reshape(length, groups, heads // groups, size).permute(1, 2, 0, 3).reshape(groups, -1, size)
-
-
-def _by_head(x_GMd: Tensor, length: int) -> Tensor:
-    """Undo `_by_group`."""
-    groups, _, size = x_GMd.shape
-    return x_GMd.view(groups, -1, length, size).permute(2, 0, 1, 3).reshape(length, -1, size)
+    """View [L, H, d] as [S, G, L, d]."""
+    return x_LHd.unflatten(1, (groups, -1)).permute(2, 1, 0, 3)
 
 
 def _causal(q_LHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, scale: float, window: int | None) -> Tensor:
