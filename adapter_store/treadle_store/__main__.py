@@ -13,24 +13,34 @@ from pathlib import Path
 import grpc
 from sqlalchemy import Connection
 
-from treadle.internal.v1 import blobs_pb2_grpc, identity_pb2_grpc, journal_pb2_grpc, usage_pb2_grpc, workers_pb2_grpc
+from treadle.internal.v1 import (
+    blobs_pb2_grpc,
+    identity_pb2_grpc,
+    journal_pb2_grpc,
+    revisions_pb2_grpc,
+    usage_pb2_grpc,
+    workers_pb2_grpc,
+)
 from treadle.v1 import adapters_pb2_grpc, admin_pb2_grpc
 from treadle_service.interceptors import InternalAuthInterceptor
 from treadle_service.logs import get_logger
 from treadle_service.principal import SCOPES
-from treadle_service.server import ServiceHost, run_service
+from treadle_service.server import DrainCallback, ServiceHost, run_service
 from treadle_store import identity
 from treadle_store.blobs import LocalBlobs, sync_folder
 from treadle_store.clock import Clock, system_clock
 from treadle_store.database import Database
+from treadle_store.revision_feed import RevisionFeed
 from treadle_store.service_adapters import AdapterService
 from treadle_store.service_admin import AdminService
 from treadle_store.service_blobs import BlobService
 from treadle_store.service_journal import JournalService
+from treadle_store.service_revisions import RevisionService
 from treadle_store.service_usage import UsageService
 from treadle_store.service_workers import IdentityService, WorkerService
 from treadle_store.settings import StoreSettings
 from treadle_store.sweep import Sweeper
+from treadle_store.unnamed import UnnamedRevisions
 from treadle_store.workers import WorkerRegistry
 
 ADMIN_TENANT = "admin"
@@ -40,6 +50,7 @@ SERVICES = (
     "treadle.internal.v1.IdentityService",
     "treadle.internal.v1.WorkerService",
     "treadle.internal.v1.UsageService",
+    "treadle.internal.v1.RevisionService",
     "treadle.v1.AdapterService",
     "treadle.v1.AdminService",
 )
@@ -60,31 +71,54 @@ async def build(host: ServiceHost, settings: StoreSettings, clock: Clock = syste
         blobs = await asyncio.to_thread(LocalBlobs, settings.data_dir / "blobs")
         await _issue_first_key(database, settings.admin_key, clock)
         workers = WorkerRegistry(clock, time.monotonic)
+        feed = RevisionFeed()
+        unnamed = UnnamedRevisions(
+            database,
+            blobs,
+            feed,
+            clock,
+            num_kept=settings.unnamed_kept,
+            idle_seconds=settings.unnamed_idle_seconds,
+        )
+        journal = JournalService(database, blobs, clock, feed, unnamed)
         server = host.server
-        journal_pb2_grpc.add_JournalServiceServicer_to_server(JournalService(database, blobs, clock), server)
+        journal_pb2_grpc.add_JournalServiceServicer_to_server(journal, server)
         blobs_pb2_grpc.add_BlobServiceServicer_to_server(BlobService(blobs), server)
         identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityService(database, clock), server)
         workers_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(workers), server)
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageService(database, clock), server)
-        adapter_service = AdapterService(database, blobs, clock, settings.max_adapter_bytes)
+        adapter_service = AdapterService(database, blobs, clock, settings.max_adapter_bytes, feed)
+        revisions_pb2_grpc.add_RevisionServiceServicer_to_server(RevisionService(feed, workers), server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapter_service, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(database, workers, clock), server)
         for service in SERVICES:
             host.add_service(service)
         sweeper = Sweeper(database, blobs, clock, settings.sweep_grace_seconds)
-        sweeping = asyncio.create_task(sweeper.run(settings.sweep_period_seconds, settings.deleted_grace_seconds))
+        tasks = [
+            asyncio.create_task(sweeper.run(settings.sweep_period_seconds, settings.deleted_grace_seconds)),
+            asyncio.create_task(unnamed.run(settings.unnamed_period_seconds)),
+        ]
+        host.on_drain(_closing(feed))
         await host.start()
         await host.set_ready(True)
         try:
             yield
         finally:
-            sweeping.cancel()
-            await asyncio.wait([sweeping])
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
 
 def main() -> None:
     """Runs the store until SIGTERM or SIGINT."""
     run_service("store", StoreSettings, build, make_interceptors)
+
+
+def _closing(feed: RevisionFeed) -> DrainCallback:
+    async def close() -> None:
+        feed.close()
+
+    return close
 
 
 @contextlib.contextmanager

@@ -34,18 +34,22 @@ def record_adapter(
     Raises ADAPTER_EXISTS when the name is taken by other content, QUOTA_EXCEEDED when the tenant stores too much.
     """
     limit = quotas.storage_limit(connection, name.tenant)
-    row = connection.execute(select(*adapters.c).where(_is(name))).one_or_none()
+    row = connection.execute(select(*adapters.c).where(is_adapter_row(name))).one_or_none()
     if row is not None and row.deleted_us is None:
         there = _to_adapter(row, _fetch_files(connection, name))
         if (seq and row.seq == seq) or _content(there) == _content(adapter):
+            # Saved again, it is as new; under a name that somebody chose it stays for good.
+            unnamed = row.unnamed and adapter.unnamed
+            connection.execute(update(adapters).where(is_adapter_row(name)).values(unnamed=unnamed, used_us=now_us))
+            there.unnamed = unnamed
             return there
         raise make_error(
             "ADAPTER_EXISTS", f"{name} is taken by other content; saved adapters never change, use a new id"
         )
     if row is not None:
-        if connection.execute(select(_is_needed(name))).scalar_one():
+        if connection.execute(select(is_needed(name))).scalar_one():
             raise make_error("ADAPTER_EXISTS", f"{name} was deleted, but a run still starts from it; use a new id")
-        connection.execute(delete(adapters).where(_is(name)))
+        connection.execute(delete(adapters).where(is_adapter_row(name)))
     values = dict(zip(_KEY, (name.tenant, name.run, name.kind, name.adapter), strict=True))
     connection.execute(
         insert(adapters).values(
@@ -55,6 +59,7 @@ def record_adapter(
             step=adapter.step,
             seq=seq,
             created_us=now_us,
+            unnamed=adapter.unnamed,
         )
     )
     files = [{**values, "path": f.path, "size": f.size, "sha256": f.sha256} for f in adapter.files]
@@ -68,10 +73,10 @@ def fetch_adapter(connection: Connection, name: AdapterName, *, for_worker: bool
 
     A worker also gets a deleted one as long as a run that started from it may have to be rebuilt from it.
     """
-    row = connection.execute(select(*adapters.c).where(_is(name))).one_or_none()
+    row = connection.execute(select(*adapters.c).where(is_adapter_row(name))).one_or_none()
     hidden = row is not None and row.deleted_us is not None
     if hidden and for_worker:
-        hidden = not connection.execute(select(_is_needed(name))).scalar_one()
+        hidden = not connection.execute(select(is_needed(name))).scalar_one()
     if row is None or hidden:
         raise adapter_not_found(name)
     return _to_adapter(row, _fetch_files(connection, name))
@@ -104,24 +109,31 @@ def scan_adapters(
     return [_to_adapter(row, _fetch_files(connection, _name_of(row))) for row in shown], token
 
 
-def delete_adapter(connection: Connection, name: AdapterName, now_us: int) -> None:
-    """Hides a saved adapter; its rows and blobs go when nobody needs them. Raises ADAPTER_NOT_FOUND."""
-    live = and_(_is(name), adapters.c.deleted_us.is_(None))
-    if connection.execute(update(adapters).where(live).values(deleted_us=now_us)).rowcount == 0:
+def delete_adapter(connection: Connection, name: AdapterName, now_us: int) -> str:
+    """Hides a saved adapter; its rows and blobs go when nobody needs them. Returns its base.
+
+    Raises ADAPTER_NOT_FOUND.
+    """
+    live = and_(is_adapter_row(name), adapters.c.deleted_us.is_(None))
+    base = connection.execute(select(adapters.c.base).where(live)).scalar_one_or_none()
+    if base is None:
         raise adapter_not_found(name)
+    connection.execute(update(adapters).where(live).values(deleted_us=now_us))
+    return str(base)
 
 
 def purge_adapters(connection: Connection, before_us: int) -> int:
     """Removes the rows of adapters that were deleted before then and that no run needs; returns how many."""
     rows = connection.execute(select(*adapters.c).where(adapters.c.deleted_us < before_us)).all()
     names = [_name_of(row) for row in rows]
-    free = [name for name in names if not connection.execute(select(_is_needed(name))).scalar_one()]
+    free = [name for name in names if not connection.execute(select(is_needed(name))).scalar_one()]
     for name in free:
-        connection.execute(delete(adapters).where(_is(name)))
+        connection.execute(delete(adapters).where(is_adapter_row(name)))
     return len(free)
 
 
-def _is(name: AdapterName) -> ColumnElement[bool]:
+def is_adapter_row(name: AdapterName) -> ColumnElement[bool]:
+    """Returns the condition that a row of `adapters` is this adapter's."""
     return and_(
         adapters.c.tenant == name.tenant,
         adapters.c.run == name.run,
@@ -130,7 +142,7 @@ def _is(name: AdapterName) -> ColumnElement[bool]:
     )
 
 
-def _is_needed(name: AdapterName) -> ColumnElement[bool]:
+def is_needed(name: AdapterName) -> ColumnElement[bool]:
     """Tells whether a run that started from the adapter has no snapshot yet: its state begins at the adapter."""
     has_snapshot = exists().where(snapshots.c.tenant == runs.c.tenant, snapshots.c.run == runs.c.run)
     return exists().where(runs.c.tenant == name.tenant, runs.c.from_adapter == str(name), ~has_snapshot)
@@ -163,6 +175,7 @@ def _to_adapter(row: AdapterRow, files: Iterable[adapters_pb2.AdapterFile]) -> a
         step=row.step,
         created=to_timestamp(row.created_us),
         files=files,
+        unnamed=row.unnamed,
     )
 
 

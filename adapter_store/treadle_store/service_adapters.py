@@ -16,13 +16,17 @@ from treadle_store.blobs import BlobStore
 from treadle_store.clock import Clock
 from treadle_store.database import Database
 from treadle_store.pages import PageRequest
+from treadle_store.revision_feed import RevisionFeed
 from treadle_store.upload import Upload
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """Lists, reads, writes and deletes saved adapters."""
 
-    def __init__(self, database: Database, blobs: BlobStore, clock: Clock, max_adapter_bytes: int) -> None:
+    def __init__(
+        self, database: Database, blobs: BlobStore, clock: Clock, max_adapter_bytes: int, feed: RevisionFeed
+    ) -> None:
+        self._feed = feed
         self._database = database
         self._blobs = blobs
         self._clock = clock
@@ -99,7 +103,9 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             catalog.fetch_run(connection, run_name)
             return adapters.record_adapter(connection, name, adapter, 0, self._clock())
 
-        return adapters_pb2.PushAdapterResponse(revision=await self._database.write(record))
+        revision = await self._database.write(record)
+        self._feed.published(revision)
+        return adapters_pb2.PushAdapterResponse(revision=revision)
 
     async def _scan(self, kind: AdapterKind, run: str, page: PageRequest) -> tuple[list[adapters_pb2.Adapter], str]:
         tenant = current_principal().tenant
@@ -111,7 +117,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return await self._database.read(partial(adapters.fetch_adapter, name=name))
 
     async def _delete(self, name: AdapterName) -> None:
-        await self._database.write(partial(adapters.delete_adapter, name=name, now_us=self._clock()))
+        base = await self._database.write(partial(adapters.delete_adapter, name=name, now_us=self._clock()))
+        self._feed.removed(base, str(name))
 
 
 def _room_for_upload(connection: Connection, name: RunName) -> catalog.RunRow:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from treadle.errors import TreadleError, make_error, to_operation_error
 from treadle.internal.v1 import journal_pb2, journal_pb2_grpc, usage_pb2
 from treadle.names import check_tenant
-from treadle.v1 import types_pb2
+from treadle.v1 import adapters_pb2, types_pb2
 from treadle_store import adapters, catalog, journal
 from treadle_store.access import may_see, visible_adapter, visible_run
 from treadle_store.blob_io import require_blob
@@ -21,6 +21,8 @@ from treadle_store.blobs import BlobStore
 from treadle_store.clock import Clock
 from treadle_store.database import Database
 from treadle_store.pages import PageRequest
+from treadle_store.revision_feed import RevisionFeed
+from treadle_store.unnamed import UnnamedRevisions
 
 DEFAULT_TTL_US: Final = 10_000_000
 MAX_TTL_US: Final = 3_600_000_000
@@ -31,10 +33,14 @@ RECOVERY_PAGE: Final = 8
 class JournalService(journal_pb2_grpc.JournalServiceServicer):
     """Keeps runs, leases, the operation journal and snapshots."""
 
-    def __init__(self, database: Database, blobs: BlobStore, clock: Clock) -> None:
+    def __init__(
+        self, database: Database, blobs: BlobStore, clock: Clock, feed: RevisionFeed, unnamed: UnnamedRevisions
+    ) -> None:
         self._database = database
         self._blobs = blobs
         self._clock = clock
+        self._feed = feed
+        self._unnamed = unnamed
 
     async def RegisterRun(
         self, request: journal_pb2.RegisterRunRequest, context: object
@@ -158,14 +164,14 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
         for file in request.adapter.files:
             await require_blob(self._blobs, file.sha256, file.size)
 
-        def record(connection: Connection) -> None:
+        def record(connection: Connection) -> adapters_pb2.Adapter:
             if request.epoch:
                 journal.check_epoch(connection, run, request.epoch)
             else:
                 catalog.fetch_run(connection, run)
-            adapters.record_adapter(connection, name, request.adapter, request.seq, self._clock())
+            return adapters.record_adapter(connection, name, request.adapter, request.seq, self._clock())
 
-        await self._database.write(record)
+        self._feed.published(await self._database.write(record))
         return journal_pb2.RecordAdapterResponse()
 
     async def LookupAdapter(
@@ -173,7 +179,10 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
     ) -> journal_pb2.LookupAdapterResponse:
         """Returns a saved adapter."""
         body = partial(adapters.fetch_adapter, name=visible_adapter(request.name), for_worker=True)
-        return journal_pb2.LookupAdapterResponse(adapter=await self._database.read(body))
+        adapter = await self._database.read(body)
+        if adapter.unnamed:
+            self._unnamed.note_use(adapter.name)
+        return journal_pb2.LookupAdapterResponse(adapter=adapter)
 
     async def _prepare(self, entry: journal_pb2.JournalEntry) -> Callable[[Connection], usage_pb2.Budget | None]:
         """Returns the body of an entry, or one that fails with what is wrong with it beforehand."""

@@ -26,6 +26,11 @@ class StoreSettings(ServiceSettings):
     sweep_grace_seconds: float = Field(
         3600.0, ge=60, description="time that an unused blob stays; longer than any upload and its record take"
     )
+    unnamed_kept: int = Field(4, ge=1, description="newest unnamed revisions of a run that stay as long as the run")
+    unnamed_idle_seconds: float = Field(
+        600.0, ge=0, description="time since its last use or its save after which another unnamed revision goes"
+    )
+    unnamed_period_seconds: float = Field(30.0, gt=0, description="time between two collections of unnamed revisions")
     deleted_grace_seconds: float = Field(86_400.0, ge=0, description="time that a deleted adapter's files stay")
 
     @field_validator("database_url")

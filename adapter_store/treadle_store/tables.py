@@ -20,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 metadata: Final = MetaData(
@@ -180,6 +181,8 @@ adapters: Final = Table(
     Column("created_us", BigInteger, nullable=False),
     # A deleted adapter stays readable for runs that started from it and have no snapshot of their own yet.
     Column("deleted_us", BigInteger),
+    Column("unnamed", Boolean, nullable=False, server_default=false()),
+    Column("used_us", BigInteger),  # last known use of an unnamed one
     Index(None, "tenant", "kind", "created_us"),
 )
 

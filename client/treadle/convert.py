@@ -141,6 +141,7 @@ def adapter_from(adapter: adapters_pb2.Adapter) -> AdapterInfo:
         step=adapter.step,
         created=time_from(adapter.created),
         files=tuple(AdapterFile(file.path, file.size, file.sha256) for file in adapter.files),
+        unnamed=adapter.unnamed,
     )
 
 

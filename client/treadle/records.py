@@ -103,6 +103,8 @@ class AdapterInfo:
     step: int
     created: datetime
     files: tuple[AdapterFile, ...]
+    unnamed: bool = False
+    """Saved without a name: it goes some time after its last use, unless it is one of the run's newest."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -17,7 +17,16 @@ import google_crc32c
 import grpc
 
 from treadle.errors import TreadleError, from_rpc_error, make_error
-from treadle.internal.v1 import blobs_pb2, blobs_pb2_grpc, journal_pb2, journal_pb2_grpc, workers_pb2, workers_pb2_grpc
+from treadle.internal.v1 import (
+    blobs_pb2,
+    blobs_pb2_grpc,
+    journal_pb2,
+    journal_pb2_grpc,
+    revisions_pb2,
+    revisions_pb2_grpc,
+    workers_pb2,
+    workers_pb2_grpc,
+)
 from treadle.v1 import adapters_pb2
 from treadle_service.channels import internal_metadata, open_channel
 
@@ -41,6 +50,7 @@ class StoreClient:
         self._metadata = internal_metadata(token)
         self._journal = journal_pb2_grpc.JournalServiceStub(self._channel)
         self._workers = workers_pb2_grpc.WorkerServiceStub(self._channel)
+        self._revisions = revisions_pb2_grpc.RevisionServiceStub(self._channel)
         self._blobs = blobs_pb2_grpc.BlobServiceStub(self._blob_channel)
 
     async def close(self) -> None:
@@ -55,6 +65,19 @@ class StoreClient:
             lambda: self._unary(self._journal.LookupAdapter, request), tries
         )
         return response.adapter
+
+    async def watch_revisions(
+        self, request: revisions_pb2.WatchRevisionsRequest
+    ) -> AsyncGenerator[revisions_pb2.WatchRevisionsResponse, None]:
+        """Yields news of revisions until the stream ends or breaks; raises what it broke with. Asks once."""
+        call = self._revisions.WatchRevisions(request, metadata=self._metadata)
+        try:
+            async for event in call:
+                yield event
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        finally:
+            call.cancel()
 
     async def heartbeat(self, request: workers_pb2.HeartbeatRequest) -> None:
         """Says that this worker lives. Asks once."""

@@ -1,16 +1,17 @@
 """Which worker gets a call: pure functions over what is known of the workers.
 
 A run goes to the holder of its lease; without one, every gateway picks the same trainer by rendezvous hashing, so
-that two gateways do not make two trainers fight over a run. A revision goes to the sampler that has it cached, by
-the same hashing. Knows no gRPC and no clock.
+that two gateways do not make two trainers fight over a run. A run's revisions go to one sampler by the same hashing,
+and the store tells that sampler of new ones ahead. Knows no gRPC and no clock.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Final, Literal
 
 from treadle.errors import TreadleError, make_error
+from treadle.names import parse_adapter
+from treadle_service import rendezvous
 
 WorkerKind = Literal["trainer", "sampler"]
 
@@ -69,11 +70,8 @@ class WorkerTable:
 
 def rank(key: str, workers: Iterable[WorkerView]) -> list[WorkerView]:
     """Returns the workers by rendezvous hash, best first; removing one moves only the keys that it had."""
-
-    def score(worker: WorkerView) -> bytes:
-        return blake2b(f"{worker.worker}\0{key}".encode(), digest_size=8).digest()
-
-    return sorted(workers, key=score, reverse=True)
+    by_id = {worker.worker: worker for worker in workers}
+    return [by_id[worker] for worker in rendezvous.rank(key, by_id)]
 
 
 def pick_trainer(table: WorkerTable, run: str, base: str, holder: Holder | None) -> str:
@@ -106,7 +104,9 @@ def pick_sampler(table: WorkerTable, base: str, adapter: str, in_flight: Mapping
     least = min(load.values())
     if not adapter:
         return min(samplers, key=lambda w: (load[w.address], w.worker)).address
-    return next(w.address for w in rank(adapter, samplers) if load[w.address] <= 2 * least + _SLACK)
+    # By run, not by revision: samplers fetch a run's next revision where its last ones were asked for.
+    run = str(parse_adapter(adapter).run_name)
+    return next(w.address for w in rank(run, samplers) if load[w.address] <= 2 * least + _SLACK)
 
 
 def no_worker(kind: WorkerKind, base: str) -> TreadleError:

@@ -45,14 +45,18 @@ async def build(host: ServiceHost, settings: SamplerSettings) -> AsyncIterator[N
         sampler = Sampler(settings, engine, base, store, host.advertised)
         await sampler.registration.reach()
         host.on_drain(sampler.drain)
-        announcing = asyncio.create_task(sampler.registration.run_forever())
+        tasks = [
+            asyncio.create_task(sampler.registration.run_forever()),
+            asyncio.create_task(sampler.watch.run_forever()),
+        ]
         try:
             slot.fill(sampler)
             await host.set_ready(True)
             yield
         finally:
-            announcing.cancel()
-            await asyncio.wait([announcing])
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
     finally:
         await engine.stop()
         await store.close()

@@ -5,74 +5,31 @@ Knows the decoder through EngineLoop and revisions through AdapterCache.
 
 from __future__ import annotations
 
-import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Final
 
-from treadle.errors import TreadleError, make_error
+from treadle.errors import make_error
 from treadle.names import is_adapter, parse_adapter
-from treadle.v1 import adapters_pb2, admin_pb2
+from treadle.v1 import admin_pb2
 from treadle_engine.base_model import BaseInfo
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.decode_requests import DecodeEvent, FailedEvent, SampleRequest
 from treadle_engine.errors import EngineError
 from treadle_engine.lora import AdapterWeights
-from treadle_engine.peft_format import CONFIG_FILE, WEIGHTS_FILE, from_files
 from treadle_sampler.adapter_cache import AdapterCache
 from treadle_sampler.engine_loop import EngineLoop
+from treadle_sampler.revision_source import StoreSource, model_not_found
 from treadle_sampler.settings import SamplerSettings
-from treadle_service.logs import get_logger
+from treadle_sampler.watch import RevisionWatch
 from treadle_service.principal import INTERNAL_SCOPE, Principal
 from treadle_service.registration import Registration
 from treadle_service.store_client import StoreClient
 
-log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class StoreSource:
-    """Revisions of one base, from the adapter store into memory."""
-
-    store: StoreClient
-    engine: EngineLoop
-    base: DecodeBase
-
-    async def version(self, name: str) -> str:
-        """Returns the hashes of the revision's files; MODEL_NOT_FOUND when there is no such revision of this base."""
-        adapter = await self._lookup(name)
-        return " ".join(sorted(file.sha256 for file in adapter.files))
-
-    async def load(self, name: str) -> AdapterWeights:
-        """Fetches and reads a revision."""
-        started = time.monotonic()
-        adapter = await self._lookup(name)
-        wanted = [file for file in adapter.files if file.path in (CONFIG_FILE, WEIGHTS_FILE)]
-        contents = await asyncio.gather(*(self.store.get_file(file.sha256) for file in wanted))
-        fetched = time.monotonic()
-        files = {file.path: content for file, content in zip(wanted, contents, strict=True)}
-        weights = await self.engine.call(lambda: from_files(self.base, files))
-        log.info(
-            "revision_loaded",
-            name=name,
-            num_bytes=weights.num_bytes,
-            fetch_seconds=fetched - started,
-            read_seconds=time.monotonic() - fetched,
-        )
-        return weights
-
-    async def _lookup(self, name: str) -> adapters_pb2.Adapter:
-        try:
-            # Asked once: what is in memory goes on serving at once while the store is away.
-            adapter = await self.store.lookup_adapter(name, tries=1)
-        except TreadleError as error:
-            if error.reason == "ADAPTER_NOT_FOUND":
-                raise model_not_found(name, self.base.info.name) from error
-            raise
-        if adapter.base != self.base.info.name:
-            raise model_not_found(name, self.base.info.name)
-        return adapter
+_MAX_SERVED_RUNS: Final = 256
 
 
 class Sampler:
@@ -87,11 +44,16 @@ class Sampler:
         worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_SAMPLER, address=address)
         self.registration = Registration(store, worker, base.info, settings.heartbeat_seconds, self._load_now)
         self.cache: AdapterCache[AdapterWeights] = AdapterCache(
-            StoreSource(store, engine, base),
+            StoreSource(store, base),
             time.monotonic,
             max_entries=settings.max_cached_adapters,
             max_bytes=settings.max_cached_bytes,
+            max_unused_bytes=settings.max_prefetched_bytes,
             lookup_seconds=settings.lookup_seconds,
+        )
+        self._served: OrderedDict[str, None] = OrderedDict()
+        self.watch = RevisionWatch(
+            store, self.cache, base.info.name, settings.worker, settings.prefetch, self._served.__contains__
         )
 
     @asynccontextmanager
@@ -106,6 +68,7 @@ class Sampler:
         trusted = INTERNAL_SCOPE in principal.scopes and not principal.tenant
         if parsed.kind != "revisions" or not (trusted or parsed.tenant == principal.tenant):
             raise model_not_found(name, self._info.name)
+        self._note_served(str(parsed.run_name))
         async with self.cache.lease(name) as weights:
             yield weights
 
@@ -129,13 +92,12 @@ class Sampler:
         self.draining = True
         await self.registration.end()
 
+    def _note_served(self, run: str) -> None:
+        """Remembers the last runs that requests came for."""
+        self._served[run] = None
+        self._served.move_to_end(run)
+        if len(self._served) > _MAX_SERVED_RUNS:
+            self._served.popitem(last=False)
+
     def _load_now(self) -> tuple[int, int, bool]:
         return len(self.cache.names), self.engine.num_requests, self.draining
-
-
-def model_not_found(name: str, base: str) -> TreadleError:
-    """Returns the one answer for what is absent, not the caller's, or of another base."""
-    return make_error(
-        "MODEL_NOT_FOUND",
-        f"there is no model {name[:200]!r} here; give the base {base!r} or the full name of one of your revisions",
-    )

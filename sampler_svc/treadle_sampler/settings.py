@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
@@ -23,8 +24,15 @@ class SamplerSettings(WorkerSettings):
     max_sequences: int = Field(64, ge=1, description="sequences that decode at the same time")
     max_cache_tokens: int = Field(65_536, ge=1, description="positions of keys and values promised to sequences")
     max_requests: int = Field(1024, ge=1, description="requests that run or wait; beyond it QUEUE_FULL")
-    max_cached_adapters: int = Field(64, ge=1, description="revisions kept in memory")
+    max_cached_adapters: int = Field(1024, ge=1, description="revisions kept in memory")
     max_cached_bytes: int = Field(4 * 2**30, ge=1, description="bytes of revisions kept in memory")
+    prefetch: Literal["off", "routed", "all"] = Field(
+        "routed",
+        description="new revisions to fetch ahead: none, those of runs whose requests come here, or all of the base",
+    )
+    max_prefetched_bytes: int = Field(
+        2**30, ge=0, description="bytes of revisions that were fetched ahead and not asked for yet"
+    )
     lookup_seconds: float = Field(
         10.0, ge=0, description="how long a cached revision is used before the store is asked whether it is still there"
     )

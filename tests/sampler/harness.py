@@ -66,17 +66,17 @@ class Bench:
     """A client of one store and one sampler."""
 
     def __init__(self, store: str, sampler: str) -> None:
-        self._store, self._sampler = open_channel(store), open_channel(sampler)
-        self.journal = journal_pb2_grpc.JournalServiceStub(self._store)
-        self.blobs = blobs_pb2_grpc.BlobServiceStub(self._store)
-        self.workers = workers_pb2_grpc.WorkerServiceStub(self._store)
+        self.store_channel, self._sampler = open_channel(store), open_channel(sampler)
+        self.journal = journal_pb2_grpc.JournalServiceStub(self.store_channel)
+        self.blobs = blobs_pb2_grpc.BlobServiceStub(self.store_channel)
+        self.workers = workers_pb2_grpc.WorkerServiceStub(self.store_channel)
         self.sampling = sampling_pb2_grpc.SamplingServiceStub(self._sampler)
         self.control = sampler_pb2_grpc.SamplerServiceStub(self._sampler)
         self.internal = internal_metadata(TOKEN)
 
     async def close(self) -> None:
         """Close the channels."""
-        await self._store.close()
+        await self.store_channel.close()
         await self._sampler.close()
 
     async def publish(self, base: DecodeBase, weights: AdapterWeights, revision: str, tenant: str = "acme") -> str:

@@ -188,7 +188,7 @@ async def test_the_queue_is_bounded(tmp_path: Path) -> None:
 
 async def test_few_adapters_stay_in_memory(tmp_path: Path, base: DecodeBase, adapters: list[AdapterWeights]) -> None:
     """Evicted revisions come back with the same numbers."""
-    async with serving(tmp_path, max_cached_adapters=2) as bench:
+    async with serving(tmp_path, max_cached_adapters=2, prefetch="off") as bench:
         models = [await bench.publish(base, weights, f"r{place}") for place, weights in enumerate(adapters)]
         first = [tokens_of(await bench.sample(ask(model))) for model in models]
         assert list((await bench.status()).cached_revisions) == models[-2:]

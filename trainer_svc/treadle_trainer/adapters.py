@@ -78,6 +78,7 @@ class Adapters:
             adapter = adapters_pb2.Adapter(base=resident.facts.base, lora=resident.facts.lora, step=step)
             stored_files = await asyncio.gather(*(self._put(path, content) for path, content in sorted(files.items())))
             adapter.files.extend(stored_files)
+            adapter.unnamed = op.kind == SAVE_WEIGHTS and not op.work.operation.save_weights_for_sampler.revision_id
             adapter.name = _adapter_name(resident.name, op, stored_files, step)
             adapter.created.FromNanoseconds(time.time_ns())
             stored = time.monotonic()

@@ -21,20 +21,22 @@ class AdapterFile(_message.Message):
     def __init__(self, path: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "base", "lora", "step", "created", "files")
+    __slots__ = ("name", "base", "lora", "step", "created", "files", "unnamed")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
+    UNNAMED_FIELD_NUMBER: _ClassVar[int]
     name: str
     base: str
     lora: _types_pb2.LoraConfig
     step: int
     created: _timestamp_pb2.Timestamp
     files: _containers.RepeatedCompositeFieldContainer[AdapterFile]
-    def __init__(self, name: _Optional[str] = ..., base: _Optional[str] = ..., lora: _Optional[_Union[_types_pb2.LoraConfig, _Mapping]] = ..., step: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ...) -> None: ...
+    unnamed: bool
+    def __init__(self, name: _Optional[str] = ..., base: _Optional[str] = ..., lora: _Optional[_Union[_types_pb2.LoraConfig, _Mapping]] = ..., step: _Optional[int] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., unnamed: bool = ...) -> None: ...
 
 class ListRevisionsRequest(_message.Message):
     __slots__ = ("run", "page_size", "page_token")

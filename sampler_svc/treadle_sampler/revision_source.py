@@ -1,0 +1,76 @@
+"""Revisions of one base from the adapter store into memory: looked up, fetched or mapped, checked, read.
+
+Reading happens beside the decoder, never on its thread. Knows nothing of who wants a revision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from treadle.errors import TreadleError, make_error
+from treadle.v1 import adapters_pb2
+from treadle_engine.decode_base import DecodeBase
+from treadle_engine.errors import EngineError
+from treadle_engine.lora import AdapterWeights
+from treadle_engine.peft_format import CONFIG_FILE, WEIGHTS_FILE, from_files
+from treadle_sampler.adapter_cache import Found
+from treadle_service.logs import get_logger
+from treadle_service.store_client import StoreClient
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StoreSource:
+    """Revisions of one base."""
+
+    store: StoreClient
+    base: DecodeBase
+
+    async def lookup(self, name: str) -> Found:
+        """Returns the revision's files; MODEL_NOT_FOUND when there is no such revision of this base."""
+        try:
+            # Asked once: what is in memory goes on serving at once while the store is away.
+            adapter = await self.store.lookup_adapter(name, tries=1)
+        except TreadleError as error:
+            if error.reason == "ADAPTER_NOT_FOUND":
+                raise model_not_found(name, self.base.info.name) from error
+            raise
+        if adapter.base != self.base.info.name:
+            raise model_not_found(name, self.base.info.name)
+        return found_from(adapter)
+
+    async def load(self, found: Found) -> AdapterWeights:
+        """Fetches and reads a revision; CHECKSUM_MISMATCH, BAD_ADAPTER_FILE, INCOMPATIBLE_ADAPTER."""
+        started = time.monotonic()
+        contents = await asyncio.gather(*(self.store.get_file(sha256) for _, sha256 in found.files))
+        fetched = time.monotonic()
+        files = {path: content for (path, _), content in zip(found.files, contents, strict=True)}
+        try:
+            weights = await asyncio.to_thread(from_files, self.base, files)
+        except EngineError as error:
+            raise make_error(error.reason, error.message) from error
+        log.info(
+            "revision_loaded",
+            name=found.name,
+            num_bytes=weights.num_bytes,
+            fetch_seconds=fetched - started,
+            read_seconds=time.monotonic() - fetched,
+        )
+        return weights
+
+
+def found_from(adapter: adapters_pb2.Adapter) -> Found:
+    """Returns the files that sampling needs."""
+    files = ((file.path, file.sha256) for file in adapter.files if file.path in (CONFIG_FILE, WEIGHTS_FILE))
+    return Found(adapter.name, tuple(sorted(files)))
+
+
+def model_not_found(name: str, base: str) -> TreadleError:
+    """Returns the one answer for what is absent, not the caller's, or of another base."""
+    return make_error(
+        "MODEL_NOT_FOUND",
+        f"there is no model {name[:200]!r} here; give the base {base!r} or the full name of one of your revisions",
+    )
