@@ -40,6 +40,13 @@ async def cached(bench: Bench, model: str, there: bool = True) -> None:
             await asyncio.sleep(0.01)
 
 
+async def few_cached(bench: Bench, limit: int) -> None:
+    """Wait until the sampler holds no more than so many: what is in use or on its way stays beyond its bound."""
+    async with asyncio.timeout(20):
+        while len((await bench.status()).cached_revisions) > limit:
+            await asyncio.sleep(0.01)
+
+
 async def test_new_revisions_are_there_before_anybody_asks(
     tmp_path: Path, base: DecodeBase, adapters: list[AdapterWeights]
 ) -> None:
@@ -107,7 +114,7 @@ async def test_each_request_gets_its_own_revision_while_others_come_and_go(tmp_p
                 assert tokens_of(await bench.sample(ask(models[index], max_tokens=16))) == expected[index]
 
         await asyncio.gather(publish_more(), *(ask_often(index) for index in range(8)))
-        assert len((await bench.status()).cached_revisions) <= 3
+        await few_cached(bench, 3)
 
 
 async def test_hundreds_of_revisions_on_one_sampler(tmp_path: Path, base: DecodeBase) -> None:
@@ -117,7 +124,7 @@ async def test_hundreds_of_revisions_on_one_sampler(tmp_path: Path, base: Decode
     async with serving(tmp_path, max_cached_bytes=budget) as bench:
         models = await asyncio.gather(*(bench.publish(base, one, f"v{index}") for index, one in enumerate(weights)))
         responses = await asyncio.gather(*(bench.sample(ask(model, max_tokens=2)) for model in models))
-        assert len((await bench.status()).cached_revisions) <= 100
+        await few_cached(bench, 100)
         for index in range(0, 300, 30):
             assert tokens_of(responses[index]) == [expected_tokens(base, weights[index], 2)]
         assert len({tuple(tokens_of(response)[0]) for response in responses}) > 30
