@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from treadle_engine.errors import EngineError
-from treadle_engine.lora import AdapterBase, AdapterWeights, LoraConfig
+from treadle_engine.lora import AdapterBase, AdapterLayout, AdapterWeights, LoraConfig
 
 
 @dataclass
@@ -49,7 +49,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class ParkedState:
-    """An idle run's state in host memory: what `snapshot` holds, without gradient and without compute copy."""
+    """An idle run's state in host memory: what `state_tensors` holds, without gradient and without compute copy."""
 
     config: LoraConfig
     tensors: dict[str, Tensor]
@@ -128,31 +128,32 @@ def optim_step(state: TrainState, params: AdamParams) -> dict[str, float]:
     }
 
 
-def snapshot(state: TrainState) -> dict[str, Tensor]:
-    """Copy weights, moments and step to the CPU; taken at a step boundary, so without the gradient."""
-    return {
-        "weights": state.weights.flat.detach().to("cpu", copy=True),
-        "exp_avg": state.exp_avg.to("cpu", copy=True),
-        "exp_avg_sq": state.exp_avg_sq.to("cpu", copy=True),
-        "step": torch.tensor([state.step], dtype=torch.int64),
-    }
+def state_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Return weights, moments and step, not copied; at a step boundary, so without the gradient."""
+    kept = {"weights": state.weights.flat.detach(), "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    return {**kept, "step": torch.tensor([state.step], dtype=torch.int64)}
 
 
-def restore(base: AdapterBase, config: LoraConfig, tensors: Mapping[str, Tensor]) -> TrainState:
-    """Build the state that `snapshot` copied, with an empty gradient; INCOMPATIBLE_ADAPTER if it does not fit."""
-    state = TrainState.fresh(AdapterWeights(base, config))
-    targets = {"weights": state.weights.flat, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-    missing = {*targets, "step"} - set(tensors)
+def restore(
+    base: AdapterBase, config: LoraConfig, tensors: Mapping[str, Tensor], grads: Tensor | None = None
+) -> TrainState:
+    """Build the state that `state_tensors` gave, in buffers of its own; INCOMPATIBLE_ADAPTER if it does not fit.
+
+    The gradient is empty: `grads`, zeros on the base's device, or a new buffer.
+    """
+    missing = {"weights", "exp_avg", "exp_avg_sq", "step"} - set(tensors)
     if missing:
         raise EngineError("INCOMPATIBLE_ADAPTER", f"the snapshot lacks {sorted(missing)}")
-    for name, target in targets.items():
+    num_elements = AdapterLayout(base.lora_sites(config), config.rank).num_elements
+    own: list[Tensor] = []
+    for name in ("weights", "exp_avg", "exp_avg_sq"):
         value = tensors[name]
-        if value.shape != target.shape or value.dtype != torch.float32:
-            raise EngineError("INCOMPATIBLE_ADAPTER", f"{name}: expected {target.numel()} float32 values")
-        target.copy_(value)
-    state.step = int(tensors["step"])
-    state.weights.refresh()
-    return state
+        if value.shape != (num_elements,) or value.dtype != torch.float32:
+            raise EngineError("INCOMPATIBLE_ADAPTER", f"{name}: expected {num_elements} float32 values")
+        own.append(value.to(base.device, copy=True))
+    weights = AdapterWeights(base, config, own[0])
+    grads = torch.zeros_like(weights.flat) if grads is None else grads
+    return TrainState(weights, grads, own[1], own[2], int(tensors["step"]))
 
 
 def park(state: TrainState) -> ParkedState:
@@ -167,12 +168,13 @@ def park(state: TrainState) -> ParkedState:
     return ParkedState(state.weights.config, {**tensors, "step": torch.tensor([state.step], dtype=torch.int64)})
 
 
-def unpark(base: AdapterBase, parked: ParkedState) -> TrainState:
-    """Bring a parked state back to the base's device, bit for bit, with an empty gradient."""
+def unpark(base: AdapterBase, parked: ParkedState, grads: Tensor | None = None) -> TrainState:
+    """Bring a parked state back to the base's device, bit for bit; the gradient is as in `restore`."""
     kept = {name: tensor.to(base.device, non_blocking=True) for name, tensor in parked.tensors.items()}
     weights = AdapterWeights(base, parked.config, kept["weights"])
     step = int(parked.tensors["step"])
-    return TrainState(weights, torch.zeros_like(weights.flat), kept["exp_avg"], kept["exp_avg_sq"], step)
+    grads = torch.zeros_like(weights.flat) if grads is None else grads
+    return TrainState(weights, grads, kept["exp_avg"], kept["exp_avg_sq"], step)
 
 
 def _digest(step: int, *tensors: Tensor) -> str:

@@ -9,26 +9,23 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from treadle_engine.base_model import BaseModel
 from treadle_engine.errors import EngineError
 from treadle_engine.lora import MAX_RANK, AdapterWeights, LoraConfig, LoraSite, tensor_name
+from treadle_engine.tensor_files import read_tensors, to_parts
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-_DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Features of PEFT that change what an adapter computes and that have no place in the flat layout.
 _UNSUPPORTED = (
     "use_dora",
@@ -49,7 +46,7 @@ def to_files(base: BaseModel, weights: AdapterWeights, dtype: torch.dtype = torc
     """Return the two files of a PEFT folder, by name."""
     return {
         CONFIG_FILE: config_file(base, weights.config),
-        WEIGHTS_FILE: b"".join(_weights_parts(weights, dtype)),
+        WEIGHTS_FILE: b"".join(weights_parts(weights, dtype)),
     }
 
 
@@ -59,19 +56,10 @@ def config_file(base: BaseModel, config: LoraConfig) -> bytes:
     return _config_file(base.info.plain_name, config, tuple(targets))
 
 
-def write_weights(weights: AdapterWeights, path: Path, dtype: torch.dtype = torch.float32) -> int:
-    """Write `adapter_model.safetensors` to a new file, without a copy in between; return its length in bytes.
-
-    Raises OSError when the file cannot be written.
-    """
-    parts = _weights_parts(weights, dtype)
-    size = sum(part.nbytes for part in parts)
-    with path.open("xb") as file:
-        # Blocks that are asked for at once are written several times faster than those that a file grows by.
-        os.posix_fallocate(file.fileno(), 0, size)
-        for part in parts:
-            file.write(part)
-    return size
+def weights_parts(weights: AdapterWeights, dtype: torch.dtype) -> list[memoryview]:
+    """Return `adapter_model.safetensors` in pieces, uncopied where dtype and device allow."""
+    named = sorted(weights.to_tensors().items())
+    return to_parts({f"{_PREFIX}{name}": tensor.detach().to(dtype) for name, tensor in named})
 
 
 def from_files(base: BaseModel, files: Mapping[str, bytes | Path]) -> AdapterWeights:
@@ -86,7 +74,7 @@ def from_files(base: BaseModel, files: Mapping[str, bytes | Path]) -> AdapterWei
             raise EngineError("BAD_ADAPTER_FILE", f"{name} is missing; only safetensors are read")
     settings_file = files[CONFIG_FILE]
     settings = _parse_config(settings_file if isinstance(settings_file, bytes) else settings_file.read_bytes())
-    named = _strip(_read_tensors(files[WEIGHTS_FILE]))
+    named = _strip(read_tensors(files[WEIGHTS_FILE], WEIGHTS_FILE))
     config = _lora_config(base, settings, named)
     for name, value in named.items():
         if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -114,41 +102,9 @@ def load_adapter(folder: Path, base: BaseModel) -> AdapterWeights:
     return from_files(base, {name: (folder / name).read_bytes() for name in names})
 
 
-def _read_tensors(file: bytes | Path) -> dict[str, Tensor]:
-    """Return the file's tensors; of a path they are views of the mapped file."""
-    try:
-        if isinstance(file, bytes):
-            return safetensors_torch.load(file)
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise EngineError("BAD_ADAPTER_FILE", f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
-
-
 def _lacks_sites(base: BaseModel, config: LoraConfig, named: Mapping[str, Tensor]) -> bool:
     """Tell whether a site that the configuration covers has no weights in the file."""
     return any(tensor_name(site, letter) not in named for site in base.lora_sites(config) for letter in "AB")
-
-
-def _weights_parts(weights: AdapterWeights, dtype: torch.dtype) -> list[memoryview]:
-    """Return a safetensors file in pieces, the weights uncopied where dtype and device allow.
-
-    The bytes are those that `safetensors` itself writes; that would copy the weights twice, which for tens of megabytes
-    takes longer than everything else that is done with them.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # JSON values
-    parts: list[memoryview] = []
-    end = 0
-    for name, tensor in sorted(weights.to_tensors().items()):
-        part = tensor.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data
-        offsets = [end, end + part.nbytes]
-        entry = {"dtype": _DTYPE_CODES[dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        header[f"{_PREFIX}{name}"] = entry
-        parts.append(part)
-        end += part.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return [memoryview(len(text).to_bytes(8, "little")), memoryview(text), *parts]
 
 
 @functools.lru_cache(maxsize=64)

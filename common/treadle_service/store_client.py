@@ -136,11 +136,14 @@ class StoreClient:
             finally:
                 path.unlink(missing_ok=True)
 
-    async def get_file(self, sha256: str) -> bytes | Path:
-        """Returns a blob's bytes or, in a shared folder, where they lie; BLOB_NOT_FOUND, CHECKSUM_MISMATCH."""
+    async def get_file(self, sha256: str, *, verify: bool = True) -> bytes | Path:
+        """Returns a blob's bytes or, in a shared folder, where they lie; BLOB_NOT_FOUND, CHECKSUM_MISMATCH.
+
+        Without `verify` the content of a file is left to the caller to check.
+        """
         if self._shared_blobs is not None:
             path = self._shared_blobs / sha256[:2] / sha256[2:]
-            if await asyncio.to_thread(_holds, path, sha256):
+            if await asyncio.to_thread(_holds, path, sha256) if verify else path.is_file():
                 return path
         return await self.get_blob(sha256)
 

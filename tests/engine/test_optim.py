@@ -9,7 +9,7 @@ from tests.engine.builders import make_batch, make_state
 from treadle_engine.base_model import BaseModel
 from treadle_engine.errors import EngineError
 from treadle_engine.losses import LossSpec
-from treadle_engine.optim import AdamParams, TrainState, optim_step, restore, snapshot
+from treadle_engine.optim import AdamParams, TrainState, optim_step, restore, state_tensors
 from treadle_engine.passes import Chunk, TrainingEngine
 
 PARAMS = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=1.0)
@@ -59,7 +59,7 @@ def test_a_restored_state_goes_on_with_the_same_bits(pip: BaseModel) -> None:
         optim_step(target, PARAMS)
 
     step(state, 0)
-    copy = restore(pip, state.weights.config, snapshot(state))
+    copy = restore(pip, state.weights.config, state_tensors(state))
     assert copy.digest() == state.digest()
     for target in (state, copy):
         step(target, 1)
@@ -71,7 +71,7 @@ def test_a_snapshot_of_another_shape_is_refused(pip: BaseModel) -> None:
     """Rank 4 does not restore into rank 8."""
     state = make_state(pip, rank=4)
     with pytest.raises(EngineError) as caught:
-        restore(pip, make_state(pip, rank=8).weights.config, snapshot(state))
+        restore(pip, make_state(pip, rank=8).weights.config, state_tensors(state))
     assert caught.value.reason == "INCOMPATIBLE_ADAPTER"
 
 

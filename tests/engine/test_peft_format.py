@@ -24,8 +24,9 @@ from treadle_engine.peft_format import (
     load_adapter,
     save_adapter,
     to_files,
-    write_weights,
+    weights_parts,
 )
+from treadle_engine.tensor_files import write_parts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
@@ -141,7 +142,7 @@ def test_files_are_those_of_safetensors(pip: BaseModel, tmp_path: Path, dtype: t
     files = to_files(pip, weights, dtype)
     assert files[WEIGHTS_FILE] == save(named, {"format": "pt"})
     path = tmp_path / "weights"
-    assert write_weights(weights, path, dtype) == len(files[WEIGHTS_FILE])
+    assert write_parts(path, weights_parts(weights, dtype)) == len(files[WEIGHTS_FILE])
     assert path.read_bytes() == files[WEIGHTS_FILE]
     mapped = from_files(pip, {CONFIG_FILE: files[CONFIG_FILE], WEIGHTS_FILE: path})
     assert torch.equal(mapped.flat, from_files(pip, files).flat)

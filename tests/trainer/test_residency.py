@@ -3,7 +3,11 @@
 import asyncio
 from pathlib import Path
 
-from tests.trainer.harness import Bench, forward_backward, optim_step, serving, steps
+import pytest
+import torch
+
+from tests.trainer.harness import Bench, forward_backward, optim_step, refused, serving, steps
+from treadle.errors import from_rpc_error
 from treadle.internal.v1 import trainer_pb2
 from treadle.v1 import training_pb2
 from treadle_engine import bases
@@ -11,6 +15,7 @@ from treadle_engine.base_model import BaseModel
 from treadle_engine.lora import LoraConfig
 from treadle_trainer.budget import PassBudget
 from treadle_trainer.device import Device
+from treadle_trainer.spare import SpareGradients
 
 RANK = 4
 
@@ -51,9 +56,11 @@ async def test_hundreds_of_runs_share_memory_for_fifty(tmp_path: Path) -> None:
     assert all(numbers == stayed for numbers in returned)
 
 
-async def test_open_streams_survive_that_their_runs_leave_memory(tmp_path: Path) -> None:
-    """A client whose run was sent away sees nothing but its results, in order."""
-    async with serving(tmp_path, max_resident_bytes=3 * state_bytes(RANK)) as bench:
+@pytest.mark.parametrize("place", ["sent", "shared"])
+async def test_open_streams_survive_that_their_runs_leave_memory(tmp_path: Path, place: str) -> None:
+    """A client whose run was sent away, over the network or by file, sees nothing but its results, in order."""
+    shared = tmp_path / "blobs" if place == "shared" else None
+    async with serving(tmp_path, max_resident_bytes=3 * state_bytes(RANK), shared_blobs=shared) as bench:
         runs = [await bench.new_run(rank=RANK) for _ in range(8)]
         streams = [bench.stream(run) for run in runs]
         losses: list[list[float]] = [[] for _ in runs]
@@ -69,6 +76,37 @@ async def test_open_streams_survive_that_their_runs_leave_memory(tmp_path: Path)
             await stream.__aexit__()
     assert all(each == losses[0] for each in losses)
     assert len(set(losses[0])) == 3
+
+
+@pytest.mark.parametrize("place", ["sent", "shared"])
+async def test_a_damaged_snapshot_is_refused(tmp_path: Path, place: str) -> None:
+    """Bits that changed on the disk never become a run's weights."""
+    shared = tmp_path / "blobs" if place == "shared" else None
+    async with serving(tmp_path, shared_blobs=shared) as bench:
+        run = await bench.new_run(rank=RANK)
+        async with bench.stream(run) as stream:
+            await stream.send(*steps(2))
+            await stream.results(4)
+        await bench.control.EvictRun(trainer_pb2.EvictRunRequest(run=run), metadata=bench.internal, timeout=20)
+        (snapshot,) = [file for file in (tmp_path / "blobs").rglob("*") if file.is_file()]
+        content = bytearray(snapshot.read_bytes())
+        content[len(content) // 2] ^= 1
+        snapshot.write_bytes(content)
+        error = await refused(bench.submit(run, forward_backward(5)))
+        assert from_rpc_error(error).reason == "CHECKSUM_MISMATCH"
+        content[len(content) // 2] ^= 1
+        snapshot.write_bytes(content)
+        await bench.submit(run, forward_backward(5))
+
+
+def test_spare_gradients_are_taken_by_length_and_bounded() -> None:
+    """A returning run gets a buffer of its own length; the oldest go when there are too many bytes."""
+    spare = SpareGradients(most_bytes=4 * 300)
+    for length in (100, 200, 100):
+        spare.put(torch.zeros(length))
+    assert spare.take(150) is None
+    taken = [spare.take(length) for length in (100, 100, 200)]
+    assert [None if buffer is None else buffer.numel() for buffer in taken] == [100, None, 200]
 
 
 async def test_an_idle_run_is_parked_and_goes_on_with_the_same_bits(tmp_path: Path) -> None:

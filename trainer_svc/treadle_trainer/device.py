@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from treadle_engine.base_model import BaseInfo, BaseModel
 from treadle_engine.batch import TokenBatch
@@ -23,7 +20,7 @@ from treadle_engine.determinism import settle
 from treadle_engine.errors import EngineError
 from treadle_engine.lora import AdapterLayout, AdapterWeights, LoraConfig
 from treadle_engine.losses import LossSpec
-from treadle_engine.optim import AdamParams, ParkedState, TrainState, optim_step, park, restore, snapshot, unpark
+from treadle_engine.optim import AdamParams, ParkedState, TrainState, optim_step, park, restore, state_tensors, unpark
 from treadle_engine.passes import Chunk, ChunkResult, TrainingEngine
 from treadle_engine.peft_format import (
     CONFIG_FILE,
@@ -32,11 +29,13 @@ from treadle_engine.peft_format import (
     from_files,
     to_files,
     warm_up,
-    write_weights,
+    weights_parts,
 )
+from treadle_engine.tensor_files import read_tensors, to_parts, write_parts
 from treadle_service.logs import get_logger
 from treadle_trainer import probe
 from treadle_trainer.budget import PassBudget, choose_budget
+from treadle_trainer.spare import SpareGradients
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 log = get_logger(__name__)
@@ -63,9 +62,10 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class StateCopy:
-    """A run's state at a step boundary, serialized as safetensors."""
+    """A run's state at a step boundary, serialized as safetensors, in memory or in a file."""
 
-    data: bytes
+    data: bytes | Path
+    size: int
     step: int
     digest: bytes
 
@@ -81,6 +81,7 @@ class Device:
         self._engine = TrainingEngine(base, budget.max_tokens)
         self._states: dict[str, TrainState] = {}
         self._parked: dict[str, ParkedState] = {}
+        self._spare = SpareGradients()
 
     @property
     def info(self) -> BaseInfo:
@@ -112,21 +113,33 @@ class Device:
 
     def park(self, run: str) -> None:
         """Moves a run without gradient to host memory; it must be brought back before it is used."""
-        self._parked[run] = park(self._states[run])
+        state = self._states[run]
+        self._parked[run] = park(state)
+        self._spare.put(state.grads)
         del self._states[run]
 
     def unpark(self, run: str) -> None:
         """Brings a parked run back."""
-        self._states[run] = unpark(self._base, self._parked[run])
+        parked = self._parked[run]
+        self._states[run] = unpark(self._base, parked, self._spare.take(parked.tensors["weights"].numel()))
         del self._parked[run]
 
     def create(self, run: str, config: LoraConfig) -> None:
         """Starts a run from its seed."""
         self._states[run] = TrainState.fresh(AdapterWeights.init(self._base, config))
 
-    def restore(self, run: str, config: LoraConfig, data: bytes) -> None:
-        """Starts a run from a StateCopy's bytes; BAD_ADAPTER_FILE or INCOMPATIBLE_ADAPTER if they are none of its."""
-        self._states[run] = restore(self._base, config, _parse(data))
+    def restore(self, run: str, config: LoraConfig, data: bytes | Path, digest: bytes) -> int:
+        """Starts a run from a StateCopy's content, which must have its digest; returns its `num_failed`.
+
+        BAD_ADAPTER_FILE or INCOMPATIBLE_ADAPTER if it is none of the run's, CHECKSUM_MISMATCH if it was damaged.
+        """
+        tensors = read_tensors(data, "the snapshot")
+        layout = AdapterLayout(self._base.lora_sites(config), config.rank)
+        state = restore(self._base, config, tensors, self._spare.take(layout.num_elements))
+        if bytes.fromhex(state.digest()) != digest:
+            raise EngineError("CHECKSUM_MISMATCH", f"the snapshot of {run} is not what was stored")
+        self._states[run] = state
+        return int(tensors["num_failed"])
 
     def drop(self, run: str) -> None:
         """Forgets a run."""
@@ -150,12 +163,20 @@ class Device:
         if run in self._states:
             self._states[run].grads.zero_()
 
-    def copy_state(self, run: str, num_failed: int) -> StateCopy:
-        """Serializes the run's state as it is at its last step boundary; `num_failed` travels with it."""
+    def copy_state(self, run: str, num_failed: int, into: Path | None = None) -> StateCopy:
+        """Serializes the run's state as it is at its last step boundary, into a new file if one is given and possible.
+
+        `num_failed` travels with it.
+        """
         state = self._states.get(run) or self._parked[run]
-        tensors = dict(state.tensors) if isinstance(state, ParkedState) else snapshot(state)
+        tensors = dict(state.tensors) if isinstance(state, ParkedState) else state_tensors(state)
         tensors["num_failed"] = torch.tensor([num_failed], dtype=torch.int64)
-        return StateCopy(save_tensors(tensors), int(tensors["step"]), bytes.fromhex(state.digest()))
+        step, digest = int(tensors["step"]), bytes.fromhex(state.digest())
+        parts = to_parts(tensors)
+        if into is not None and _wrote(into, parts):
+            return StateCopy(into, sum(part.nbytes for part in parts), step, digest)
+        data = b"".join(parts)
+        return StateCopy(data, len(data), step, digest)
 
     def export(
         self, run: str, *, with_optimizer: bool, into: Path | None = None
@@ -167,13 +188,13 @@ class Device:
         state = self._states[run]
         dtype = torch.float32 if with_optimizer else self._base.dtype
         files: dict[str, bytes | Path] = {}
-        if into is None or not _wrote(state.weights, into, dtype):
+        if into is None or not _wrote(into, weights_parts(state.weights, dtype)):
             files |= to_files(self._base, state.weights, dtype)
         else:
             files |= {CONFIG_FILE: config_file(self._base, state.weights.config), WEIGHTS_FILE: into}
         if with_optimizer:
-            moments = {name: value for name, value in snapshot(state).items() if name != "weights"}
-            files[OPTIMIZER_FILE] = save_tensors(moments)
+            moments = {name: value for name, value in state_tensors(state).items() if name != "weights"}
+            files[OPTIMIZER_FILE] = b"".join(to_parts(moments))
         return files, state.step
 
     def load(self, run: str, config: LoraConfig, files: Mapping[str, bytes | Path], *, with_optimizer: bool) -> Stepped:
@@ -186,12 +207,11 @@ class Device:
             raise EngineError(
                 "INCOMPATIBLE_ADAPTER", f"the adapter is {_shape(read.config)}, the run is {_shape(config)}"
             )
-        weights = AdapterWeights(self._base, config, read.flat)
-        state = TrainState.fresh(weights)
         if with_optimizer:
-            content = files[OPTIMIZER_FILE]
-            moments = _parse(content if isinstance(content, bytes) else content.read_bytes())
-            state = restore(self._base, config, {**moments, "weights": weights.flat})
+            moments = read_tensors(files[OPTIMIZER_FILE], OPTIMIZER_FILE)
+            state = restore(self._base, config, {**moments, "weights": read.flat})
+        else:
+            state = TrainState.fresh(AdapterWeights(self._base, config, read.flat))
         self._states[run] = state
         return Stepped(state.step, bytes.fromhex(state.digest()), {})
 
@@ -216,15 +236,10 @@ def load_device(
     return Device(base, choose_budget(max_tokens_per_pass, target_pass_seconds, cost, memory))
 
 
-def count_failed(data: bytes) -> int:
-    """Returns the failures that a StateCopy recorded: those that no barrier had reported yet."""
-    return int(_parse(data)["num_failed"])
-
-
-def _wrote(weights: AdapterWeights, path: Path, dtype: torch.dtype) -> bool:
-    """Writes a file of weights; False when the folder cannot be written to."""
+def _wrote(path: Path, parts: Sequence[memoryview]) -> bool:
+    """Writes a file in the shared folder; False when the folder cannot be written to."""
     try:
-        write_weights(weights, path, dtype)
+        write_parts(path, parts)
     except OSError as error:
         log.warning("shared_folder_unusable", path=str(path), error=str(error))
         path.unlink(missing_ok=True)
@@ -235,10 +250,3 @@ def _wrote(weights: AdapterWeights, path: Path, dtype: torch.dtype) -> bool:
 def _shape(config: LoraConfig) -> str:
     kinds = [kind for kind in ("attn", "mlp", "unembed") if getattr(config, f"train_{kind}")]
     return f"rank {config.rank}, alpha {config.alpha:g}, {'+'.join(kinds)}"
-
-
-def _parse(data: bytes) -> dict[str, torch.Tensor]:
-    try:
-        return load_tensors(data)
-    except SafetensorError as error:
-        raise EngineError("BAD_ADAPTER_FILE", f"not a safetensors file: {error}") from error

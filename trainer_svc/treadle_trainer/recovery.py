@@ -20,7 +20,7 @@ from treadle.internal.v1 import journal_pb2
 from treadle.v1 import training_pb2
 from treadle_service.logs import get_logger
 from treadle_trainer import operations
-from treadle_trainer.device import Device, count_failed
+from treadle_trainer.device import Device
 from treadle_trainer.executor import Executor
 from treadle_trainer.journal_client import JournalClient
 from treadle_trainer.journal_writer import JournalWriter
@@ -95,6 +95,7 @@ class Recovery:
             on_diverged=self._mark_diverged,
         )
         resident.snapshot_sha256 = journal.header.snapshot.sha256
+        resident.snapshot_digest = journal.header.snapshot.state_digest
         for row in journal.operations:
             await self._queue(resident, row, journal.snapshot_seq)
         if claim.run.state == training_pb2.RUN_STATE_DIVERGED:
@@ -137,9 +138,8 @@ class Recovery:
         config = operations.lora_config(claim.run.lora)
         snapshot = journal.header.snapshot
         if snapshot.sha256:
-            data = await self.store.get_blob(snapshot.sha256)
-            await self.executor.beside(Device.restore, name, config, data)
-            return count_failed(data)
+            data = await self.store.get_file(snapshot.sha256, verify=False)
+            return await self.executor.beside(Device.restore, name, config, data, snapshot.state_digest)
         if claim.from_adapter:
             with_optimizer = names.parse_adapter(claim.from_adapter).kind == "checkpoints"
             files = await self.fetch(claim.from_adapter, claim.run.base, with_optimizer=with_optimizer)

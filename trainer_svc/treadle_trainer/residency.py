@@ -120,10 +120,10 @@ class Residency:
         try:
             await self.make_room(resident.name, resident.state_bytes)
             config = operations.lora_config(resident.facts.lora)
-            data = await self._store.get_blob(resident.snapshot_sha256)
+            data = await self._store.get_file(resident.snapshot_sha256, verify=False)
             if resident.closed is not None:
                 return
-            await self._executor.beside(Device.restore, resident.name, config, data)
+            await self._executor.beside(Device.restore, resident.name, config, data, resident.snapshot_digest)
         except TreadleError as error:
             log.warning("state_lost", run=resident.name, reason=error.reason, message=error.message)
             if resident.closed is None:
@@ -132,4 +132,4 @@ class Residency:
         finally:
             self.arrived(resident.name)
         resident.place = Place.DEVICE
-        log.debug("state_came", run=resident.name, size_bytes=len(data), seconds=time.monotonic() - began)
+        log.debug("state_came", run=resident.name, size_bytes=resident.state_bytes, seconds=time.monotonic() - began)

@@ -120,6 +120,8 @@ class Resident:
         self.snapshot_seq = order.boundary_seq
         self.snapshot_sha256 = ""
         """Blob of the newest snapshot; empty if there is none."""
+        self.snapshot_digest = b""
+        """Digest of the state in it."""
         self.place = Place.DEVICE
         self.state_bytes = 0
         """Memory of the state, without gradient."""

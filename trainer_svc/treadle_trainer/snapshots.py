@@ -47,7 +47,7 @@ class Snapshots:
             return done
         self._under_way[resident.name] = done
         # Queued at once: only steps and loads change the state, and those that come later are queued behind it.
-        copying = self._executor.beside(Device.copy_state, resident.name, num_failed)
+        copying = self._executor.beside(Device.copy_state, resident.name, num_failed, self._store.new_file())
         task = asyncio.create_task(self._store_copy(resident, seq, copying, done))
         self._uploads.add(task)
         task.add_done_callback(self._uploads.discard)
@@ -58,11 +58,13 @@ class Snapshots:
     ) -> None:
         try:
             copy = await copying
-            snapshot = journal_pb2.Snapshot(seq=seq, step=copy.step, size=len(copy.data), state_digest=copy.digest)
-            snapshot.sha256 = await self._store.put_blob(copy.data)
+            snapshot = journal_pb2.Snapshot(seq=seq, step=copy.step, size=copy.size, state_digest=copy.digest)
+            put = self._store.put_blob(copy.data) if isinstance(copy.data, bytes) else self._store.put_file(copy.data)
+            snapshot.sha256 = await put
             await resident.wait_until(lambda: resident.results.committed_seq >= snapshot.seq)
             await self._store.write_snapshot(resident.name, resident.facts.epoch, snapshot)
             resident.snapshot_seq, resident.snapshot_sha256 = snapshot.seq, snapshot.sha256
+            resident.snapshot_digest = snapshot.state_digest
             log.info("snapshot", run=resident.name, seq=snapshot.seq, step=snapshot.step, size_bytes=snapshot.size)
         except TreadleError as error:
             # The journal still holds everything behind the snapshot before: nothing is lost but time.
