@@ -138,7 +138,7 @@ def test_bad_files_are_refused(
 def test_files_are_those_of_safetensors(pip: BaseModel, tmp_path: Path, dtype: torch.dtype) -> None:
     """Byte for byte what the library writes, in memory and on disk; a mapped file gives the same weights."""
     weights = AdapterWeights.init(pip, LoraConfig(rank=5, seed=3, train_mlp=False))
-    named = {f"base_model.model.{name}": value.to(dtype) for name, value in weights.to_tensors().items()}
+    named = {f"base_model.model.{name}": value.to(dtype).contiguous() for name, value in weights.to_tensors().items()}
     files = to_files(pip, weights, dtype)
     assert files[WEIGHTS_FILE] == save(named, {"format": "pt"})
     path = tmp_path / "weights"
