@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import Cluster
+from tests.support.postgres import PostgresServer
+from tests.support.s3 import S3Server
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,25 @@ def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield running
     finally:
         running.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A running PostgreSQL server, shared by the whole session; tests make databases of their own."""
+    server = PostgresServer()
+    try:
+        server.create()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A running S3 server, shared by the whole session; tests make buckets of their own."""
+    server = S3Server()
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.close()

@@ -2,17 +2,18 @@
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
 from sqlalchemy import Connection
 
+from treadle.errors import ConflictError
 from treadle.internal.v1 import (
     blobs_pb2_grpc,
     identity_pb2_grpc,
@@ -27,7 +28,8 @@ from treadle_service.logs import get_logger
 from treadle_service.principal import SCOPES
 from treadle_service.server import DrainCallback, ServiceHost, run_service
 from treadle_store import identity
-from treadle_store.blobs import LocalBlobs, sync_folder
+from treadle_store.backends import lock_folders, open_blobs, open_database
+from treadle_store.blobs import sync_folder
 from treadle_store.clock import Clock, system_clock
 from treadle_store.database import Database
 from treadle_store.revision_feed import RevisionFeed
@@ -64,11 +66,14 @@ def make_interceptors(settings: StoreSettings) -> Sequence[grpc.aio.ServerInterc
 
 @asynccontextmanager
 async def build(host: ServiceHost, settings: StoreSettings, clock: Clock = system_clock) -> AsyncIterator[None]:
-    """Serves the store on `host` until the context ends. Raises SystemExit when another store uses the folder."""
-    with _sole_user(settings.data_dir), contextlib.ExitStack() as stack:
-        database = await asyncio.to_thread(Database, settings.database)
+    """Serves the store on `host` until the context ends. Raises SystemExit when it cannot."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock_folders(settings))
+        # Blocking work on blobs waits for disks and buckets, not for processors.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(32, "store-blobs"))
+        database = await asyncio.to_thread(open_database, settings)
         stack.callback(database.close)
-        blobs = await asyncio.to_thread(LocalBlobs, settings.data_dir / "blobs")
+        blobs = await asyncio.to_thread(open_blobs, settings)
         await _issue_first_key(database, settings.admin_key, clock)
         workers = WorkerRegistry(clock, time.monotonic)
         feed = RevisionFeed()
@@ -121,18 +126,6 @@ def _closing(feed: RevisionFeed) -> DrainCallback:
     return close
 
 
-@contextlib.contextmanager
-def _sole_user(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock; the system frees it when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "store.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"another store uses {folder}; stop it or set another data_dir") from None
-        yield
-
-
 async def _issue_first_key(database: Database, path: Path, clock: Clock) -> None:
     """Creates the tenant `admin` with a key for everything, if no key was ever issued, and writes its secret down."""
     if await database.read(identity.has_keys):
@@ -146,7 +139,12 @@ async def _issue_first_key(database: Database, path: Path, clock: Clock) -> None
         identity.create_tenant(connection, ADMIN_TENANT, now_us)
         identity.add_key(connection, key, now_us)
 
-    await database.write(add)
+    try:
+        await database.write(add)
+    except ConflictError:
+        log.info("first_key_issued_elsewhere", tenant=ADMIN_TENANT)
+        path.unlink(missing_ok=True)
+        return
     log.info("first_key_issued", tenant=ADMIN_TENANT, key_id=key.key_id, file=str(path))
 
 

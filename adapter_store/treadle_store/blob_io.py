@@ -39,8 +39,8 @@ async def read_chunks(blobs: BlobStore, sha256: str, offset: int) -> AsyncIterat
 
 
 async def require_blob(blobs: BlobStore, sha256: str, size: int | None = None) -> None:
-    """Raises BLOB_NOT_FOUND unless the blob is there, with this length if one is given."""
-    found = await asyncio.to_thread(blobs.size_of, sha256)
+    """Keeps a blob that a row is about to name; raises BLOB_NOT_FOUND unless it is there, with this length if given."""
+    found = await asyncio.to_thread(blobs.keep, sha256)
     if found is None:
         raise blob_not_found(sha256)
     if size is not None and found != size:

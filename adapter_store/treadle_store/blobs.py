@@ -1,4 +1,4 @@
-"""Content-addressed immutable bytes: the BlobStore port, a local folder and a memory.
+"""Content-addressed immutable bytes: the BlobStore port, a local folder and a memory; `s3_blobs` has a bucket.
 
 An address is the lower-case hexadecimal sha256 of the content. All methods block and are meant for worker threads.
 LocalBlobs: a blob is written to a temporary file, synced, renamed to its address and the folder is synced, so that
@@ -6,6 +6,7 @@ an address that exists names whole content. Knows nothing of what the bytes are.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -18,14 +19,16 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from treadle.errors import make_error
+from treadle_service.logs import get_logger
 
-_ADDRESS: Final = re.compile(r"[0-9a-f]{64}")
+ADDRESS: Final = re.compile(r"[0-9a-f]{64}")
 _INCOMING: Final = re.compile(r"[0-9a-f]{32}")
+log = get_logger(__name__)
 
 
 def check_address(sha256: str) -> str:
     """Returns a blob's address, or raises BAD_VALUE."""
-    if _ADDRESS.fullmatch(sha256) is None:
+    if ADDRESS.fullmatch(sha256) is None:
         raise make_error("BAD_VALUE", f"{sha256[:80]!r} is not a sha256 in lower-case hexadecimal")
     return sha256
 
@@ -64,7 +67,10 @@ class BlobStore(Protocol):
         """
 
     def size_of(self, sha256: str) -> int | None:
-        """Returns the length of a blob in bytes, None if it is not there; keeps it from being swept for a while."""
+        """Returns the length of a blob in bytes, None if it is not there."""
+
+    def keep(self, sha256: str) -> int | None:
+        """Does as size_of, and spares the blob from sweeps for a while: a row that names it may follow."""
 
     def read(self, sha256: str, offset: int, length: int) -> bytes:
         """Returns at most `length` bytes from `offset`; empty at the end. Raises BLOB_NOT_FOUND."""
@@ -72,12 +78,18 @@ class BlobStore(Protocol):
     def addresses(self) -> Iterator[str]:
         """Yields the addresses of all blobs."""
 
+    def tidy(self, unused_seconds: float) -> None:
+        """Removes what was begun that long ago and never became a blob."""
+
     def sweep(self, sha256: str, unused_seconds: float) -> bool:
         """Removes a blob unless it was written or asked for within `unused_seconds`; True if it was removed."""
 
 
-class _CheckedWriter:
-    """What all writers share: length and hash of what came in."""
+class CheckedWriter:
+    """What all writers share: length and hash of what came in.
+
+    A store's own writer says where bytes go: `_store` takes them, `_publish` makes them a blob, `_drop` forgets them.
+    """
 
     def __init__(self, sha256: str, size: int) -> None:
         self._sha256 = check_address(sha256)
@@ -86,9 +98,11 @@ class _CheckedWriter:
         self._hash = hashlib.sha256()
 
     def __exit__(self, *_: object) -> None:
+        """Drops what was not finished."""
         self._drop()
 
     def write(self, data: bytes) -> None:
+        """Counts, hashes and stores."""
         self._written += len(data)
         if self._written > self._size:
             raise make_error("FRAME_SIZE_MISMATCH", f"more bytes came than the {self._size} that the header announced")
@@ -96,6 +110,7 @@ class _CheckedWriter:
         self._store(data)
 
     def finish(self) -> bool:
+        """Compares length and hash with what was announced, then publishes."""
         if self._written != self._size:
             raise make_error(
                 "FRAME_SIZE_MISMATCH", f"{self._written} bytes came, the header announced {self._size}; send it again"
@@ -132,10 +147,14 @@ class MemoryBlobs:
     def size_of(self, sha256: str) -> int | None:
         """Returns the blob's length."""
         content = self.contents.get(check_address(sha256))
-        if content is None:
-            return None
-        self.used_at[sha256] = time.time()
-        return len(content)
+        return None if content is None else len(content)
+
+    def keep(self, sha256: str) -> int | None:
+        """Notes the time."""
+        size = self.size_of(sha256)
+        if size is not None:
+            self.used_at[sha256] = time.time()
+        return size
 
     def read(self, sha256: str, offset: int, length: int) -> bytes:
         """Returns a slice of the blob."""
@@ -148,6 +167,9 @@ class MemoryBlobs:
         """Yields what is there now."""
         yield from list(self.contents)
 
+    def tidy(self, unused_seconds: float) -> None:
+        """Does nothing: what was begun goes with its writer."""
+
     def sweep(self, sha256: str, unused_seconds: float) -> bool:
         """Forgets the blob."""
         if sha256 not in self.contents or time.time() - self.used_at[sha256] < unused_seconds:
@@ -156,7 +178,7 @@ class MemoryBlobs:
         return True
 
 
-class _MemoryWriter(_CheckedWriter):
+class _MemoryWriter(CheckedWriter):
     def __init__(self, blobs: MemoryBlobs, sha256: str, size: int) -> None:
         super().__init__(sha256, size)
         self._blobs = blobs
@@ -178,17 +200,34 @@ class _MemoryWriter(_CheckedWriter):
         self._buffer.clear()
 
 
-class LocalBlobs:
-    """Blobs as files `ab/cdef...` under a folder that this process alone writes to."""
+class _FolderLock:
+    """One thread of one process at a time, among all that lock the same file; use it as a context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, path: Path) -> None:
+        self._threads = threading.Lock()
+        self._file = path.open("wb")
+
+    def __enter__(self) -> None:
+        self._threads.acquire()
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._threads.release()
+
+
+class LocalBlobs:
+    """Blobs as files `ab/cdef...` under a folder that one store and tools beside it use."""
+
+    def __init__(self, folder: Path, *, beside_a_store: bool = False) -> None:
+        """Makes the folder; clears away what a crash left half-written, unless a store may be writing it now."""
         self._folder = folder
         self._incoming = folder / "incoming"
+        self._incoming.mkdir(parents=True, exist_ok=True)
         # Held from a file's appearance until its name is durable, and while its age decides over it: whoever is told
         # that a blob is there can rely on it.
-        self.lock = threading.Lock()
-        self._incoming.mkdir(parents=True, exist_ok=True)
-        for leftover in self._incoming.iterdir():
+        self.lock = _FolderLock(folder / "lock")
+        for leftover in () if beside_a_store else self._incoming.iterdir():
             leftover.unlink()
         for first in range(256):
             (folder / f"{first:02x}").mkdir(exist_ok=True)
@@ -226,9 +265,15 @@ class LocalBlobs:
             return sha256
 
     def size_of(self, sha256: str) -> int | None:
-        """Returns the file's length and renews its time."""
+        """Returns the file's length."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.path_of(sha256).stat().st_size
+        return None
+
+    def keep(self, sha256: str) -> int | None:
+        """Renews the file's time."""
         path = self.path_of(sha256)
-        with self.lock, contextlib.suppress(FileNotFoundError):
+        with _disk_trouble(), self.lock, contextlib.suppress(FileNotFoundError):
             os.utime(path)
             return path.stat().st_size
         return None
@@ -236,7 +281,7 @@ class LocalBlobs:
     def read(self, sha256: str, offset: int, length: int) -> bytes:
         """Returns a part of the file."""
         try:
-            with self.path_of(sha256).open("rb") as file:
+            with _disk_trouble(), self.path_of(sha256).open("rb") as file:
                 file.seek(offset)
                 return file.read(length)
         except FileNotFoundError:
@@ -247,7 +292,16 @@ class LocalBlobs:
         for first in range(256):
             prefix = f"{first:02x}"
             for entry in (self._folder / prefix).iterdir():
-                yield prefix + entry.name
+                # What somebody else left there is not ours to judge.
+                if ADDRESS.fullmatch(prefix + entry.name):
+                    yield prefix + entry.name
+
+    def tidy(self, unused_seconds: float) -> None:
+        """Unlinks files that were left in the incoming folder."""
+        for leftover in self._incoming.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime >= unused_seconds:
+                    leftover.unlink()
 
     def sweep(self, sha256: str, unused_seconds: float) -> bool:
         """Unlinks the file."""
@@ -264,12 +318,13 @@ class LocalBlobs:
         return self._folder / sha256[:2] / sha256[2:]
 
 
-class _LocalWriter(_CheckedWriter):
+class _LocalWriter(CheckedWriter):
     def __init__(self, blobs: LocalBlobs, sha256: str, size: int, temporary: Path) -> None:
         super().__init__(sha256, size)
         self._blobs = blobs
         self._temporary = temporary
-        self._file = temporary.open("xb", buffering=0)
+        with _disk_trouble():
+            self._file = temporary.open("xb", buffering=0)
 
     def __enter__(self) -> BlobWriter:
         return self
@@ -293,7 +348,9 @@ class _LocalWriter(_CheckedWriter):
 
     def _drop(self) -> None:
         self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        # Where even this fails, the next start clears it away.
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -301,8 +358,11 @@ def _disk_trouble() -> Iterator[None]:
     """Turns a full or failing disk into an UNAVAILABLE: nothing was promised, the caller may try again."""
     try:
         yield
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        raise make_error("UNAVAILABLE", f"the store cannot write blobs now: {error.strerror}", 5.0) from error
+        log.error("disk_trouble", cause=str(error))
+        raise make_error("UNAVAILABLE", f"the store cannot use its blobs now: {error.strerror}", 5.0) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -76,10 +76,9 @@ def register_run(
     return to_run(fetch_run(connection, name), now_us), False
 
 
-def fetch_run(connection: Connection, name: RunName, *, lock: bool = False) -> RunRow:
-    """Returns the run's row joined with its lease, locked against other writers if asked for; or RUN_NOT_FOUND."""
-    query = _LOCK_RUN if lock else _FETCH_RUN
-    row = connection.execute(query, {"of_tenant": name.tenant, "of_run": name.run}).one_or_none()
+def fetch_run(connection: Connection, name: RunName) -> RunRow:
+    """Returns the run's row joined with its lease, or raises RUN_NOT_FOUND."""
+    row = connection.execute(_FETCH_RUN, {"of_tenant": name.tenant, "of_run": name.run}).one_or_none()
     if row is None:
         raise run_not_found(name)
     return row
@@ -131,15 +130,49 @@ def to_run(row: RunRow, now_us: int) -> training_pb2.Run:
     )
 
 
+def lock_run(connection: Connection, name: RunName) -> RunRow:
+    """Returns the row of fetch_run as it is once this transaction alone may change it. Raises RUN_NOT_FOUND."""
+    this = {"of_tenant": name.tenant, "of_run": name.run}
+    connection.execute(_LOCK_RUN, this)
+    connection.execute(_LOCK_LEASE, this)
+    # A statement of its own, because one that waits for a lock shows the other table as it was before the wait.
+    return fetch_run(connection, name)
+
+
+def lock_leased_run(connection: Connection, name: RunName, epoch: int) -> RunRow | None:
+    """Returns the row of fetch_run if its lease is held with this epoch, None otherwise; checked under its lock.
+
+    One statement locks run and lease and compares the epoch with the lease as it is once locked: until the
+    transaction ends nobody can claim the run, give it back or remove it.
+    """
+    return connection.execute(
+        _LOCK_LEASED_RUN, {"of_tenant": name.tenant, "of_run": name.run, "of_epoch": min(epoch, 2**63 - 1)}
+    ).one_or_none()
+
+
+_LEASE_COLUMNS: Final = (leases.c.holder, leases.c.address, leases.c.epoch, leases.c.expires_us)
+_HAS_LEASE: Final = and_(leases.c.tenant == runs.c.tenant, leases.c.run == runs.c.run)
+
+
 def _select_runs() -> Select[*tuple[object, ...]]:
-    lease_columns = (leases.c.holder, leases.c.address, leases.c.epoch, leases.c.expires_us)
-    joined = runs.outerjoin(leases, and_(leases.c.tenant == runs.c.tenant, leases.c.run == runs.c.run))
-    return select(*runs.c, *lease_columns).select_from(joined)
+    return select(*runs.c, *_LEASE_COLUMNS).select_from(runs.outerjoin(leases, _HAS_LEASE))
 
 
 # Built once: putting a statement together costs more than running it, and every journal write needs this one.
-_FETCH_RUN: Final = _select_runs().where(runs.c.tenant == bindparam("of_tenant"), runs.c.run == bindparam("of_run"))
-_LOCK_RUN: Final = _FETCH_RUN.with_for_update(of=runs)
+_THIS_RUN: Final = and_(runs.c.tenant == bindparam("of_tenant"), runs.c.run == bindparam("of_run"))
+_FETCH_RUN: Final = _select_runs().where(_THIS_RUN)
+_LOCK_RUN: Final = select(runs.c.run).where(_THIS_RUN).with_for_update()
+_LOCK_LEASE: Final = (
+    select(leases.c.run)
+    .where(leases.c.tenant == bindparam("of_tenant"), leases.c.run == bindparam("of_run"))
+    .with_for_update()
+)
+_LOCK_LEASED_RUN: Final = (
+    select(*runs.c, *_LEASE_COLUMNS)
+    .select_from(runs.join(leases, _HAS_LEASE))
+    .where(_THIS_RUN, leases.c.epoch == bindparam("of_epoch"), leases.c.holder != "")
+    .with_for_update(of=[runs, leases])
+)
 
 
 def _check_request(request: training_pb2.CreateRunRequest) -> None:

@@ -1,8 +1,9 @@
 """The database behind an async face: one writer thread with group commit, a small pool of readers.
 
-A body is a function of a Connection that runs inside a transaction. The writer drains what waits, runs each body in
-a SAVEPOINT of its own inside one transaction and commits once, so that many writes share one fsync and each fails
-alone. A write is answered after the commit. Knows nothing of what the bodies say.
+A body is a function of a Connection that runs inside a transaction and may run again: nothing of it lasts unless the
+transaction commits. The writer drains what waits, runs all bodies in one transaction and commits once, so that many
+writes share one fsync. If one fails they run again, each in a SAVEPOINT, so that it fails alone. A write is answered
+after the commit. Knows nothing of what the bodies say, and leaves to `engines` what differs between databases.
 """
 
 import asyncio
@@ -11,30 +12,21 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy import Connection
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from treadle.errors import TreadleError, make_error
 from treadle_service.logs import get_logger
+from treadle_store.engines import NUM_READERS, is_trouble, may_rerun, migrate, open_engines, patience
 
 T = TypeVar("T")
 Body = Callable[[Connection], T]
 
 MAX_GROUPS_PER_COMMIT: Final = 256
-NUM_READERS: Final = 2
-_PRAGMAS: Final = (
-    "PRAGMA journal_mode=WAL",
-    # FULL syncs the log at every commit: an acknowledged write survives the loss of power.
-    "PRAGMA synchronous=FULL",
-    "PRAGMA foreign_keys=ON",
-    "PRAGMA busy_timeout=10000",
-    "PRAGMA journal_size_limit=67108864",
-)
+MAX_WAITING: Final = 4096
+MAX_RERUNS: Final = 4
 log = get_logger(__name__)
 
 
@@ -51,19 +43,30 @@ class _Group:
     outcomes: Future[list[Any]] = field(default_factory=Future)
 
 
+class _BodyFailedError(Exception):
+    """Some body raised: the transaction has to run again with a savepoint for each."""
+
+
 class Database:
-    """An open database, migrated to the newest schema."""
+    """An open database, migrated to the newest schema.
+
+    Raises ValueError for a URL that is of no use, SchemaError for a schema of a later release, UNAVAILABLE when the
+    database cannot be reached.
+    """
 
     def __init__(self, url: str) -> None:
-        if make_url(url).get_backend_name() != "sqlite" or not make_url(url).database:
-            raise ValueError(f"database_url {url!r} must name a SQLite file: sqlite:////path/to/store.db")
-        self._writer = _open_engine(url, "BEGIN IMMEDIATE", 1)
-        self._reader = _open_engine(url, "BEGIN", NUM_READERS)
-        _migrate(self._writer)
+        self._engines = open_engines(url)
+        self.kind = self._engines.kind
+        try:
+            migrate(self._engines.writer)
+        except DBAPIError as error:
+            self._engines.dispose()
+            raise _trouble(error) from error
+        self._committing = False
         self._waiting: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
         self._thread.start()
-        self._readers = ThreadPoolExecutor(NUM_READERS, "store-reader")
+        self._readers = ThreadPoolExecutor(NUM_READERS[self.kind], "store-reader")
 
     async def read(self, body: Body[T]) -> T:
         """Returns the body's value, taken from one consistent view of the database."""
@@ -89,20 +92,26 @@ class Database:
         self._waiting.put(None)
         self._thread.join()
         self._readers.shutdown()
-        self._reader.dispose()
-        self._writer.dispose()
+        self._engines.dispose()
 
     async def _write_group(self, bodies: Sequence[Body[Any]]) -> list[Any]:
+        if self._waiting.qsize() >= MAX_WAITING:
+            raise make_error("UNAVAILABLE", f"{MAX_WAITING} writes wait in the store already; try again", 1.0)
         group = _Group(bodies)
         self._waiting.put(group)
         return await asyncio.wrap_future(group.outcomes)
 
     def _read(self, body: Body[T]) -> T:
-        try:
-            with self._reader.begin() as connection:
-                return body(connection)
-        except OperationalError as error:
-            raise _trouble(error) from error
+        for tries_left in reversed(range(MAX_RERUNS)):
+            try:
+                with self._engines.reader.begin() as connection, patience(connection):
+                    return body(connection)
+            except (DataError, OverflowError) as error:
+                raise _bad_value(error) from error
+            except SQLAlchemyError as error:
+                if not (tries_left and isinstance(error, DBAPIError) and may_rerun(error, committing=False)):
+                    raise _trouble(error) from error
+        raise AssertionError("the last try returns or raises")
 
     def _write_loop(self) -> None:
         open_ = True
@@ -117,9 +126,9 @@ class Database:
                 self._commit(live)
 
     def _commit(self, groups: list[_Group]) -> None:
+        """Gives each group its outcomes, or all of them the trouble that the database is in."""
         try:
-            with self._writer.begin() as connection:
-                outcomes = [[_run_alone(connection, body) for body in group.bodies] for group in groups]
+            outcomes = self._run_and_commit(groups)
         except SQLAlchemyError as error:
             failure = _trouble(error)
             for group in groups:
@@ -128,53 +137,75 @@ class Database:
         for group, values in zip(groups, outcomes, strict=True):
             group.outcomes.set_result(values)
 
+    def _run_and_commit(self, groups: list[_Group]) -> list[list[Any]]:
+        run: Callable[[Connection, Body[Any]], Any] = _run_together
+        tries_left = MAX_RERUNS
+        while True:
+            try:
+                return self._transact(groups, run)
+            except _BodyFailedError:
+                run = _run_alone
+            except DBAPIError as error:
+                tries_left -= 1
+                if not (tries_left and may_rerun(error, committing=self._committing)):
+                    raise
+                log.info("transaction_runs_again", cause=str(error.orig))
+
+    def _transact(self, groups: list[_Group], run: Callable[[Connection, Body[Any]], Any]) -> list[list[Any]]:
+        self._committing = False
+        with self._engines.writer.connect() as connection, patience(connection):
+            # Left without a commit, the transaction is rolled back when the connection goes back to its pool.
+            transaction = connection.begin()
+            outcomes = [[run(connection, body) for body in group.bodies] for group in groups]
+            self._committing = True
+            transaction.commit()
+        return outcomes
+
+
+def _run_together(connection: Connection, body: Body[Any]) -> Any:
+    """Returns the body's value; raises _BodyFailedError, or DBAPIError when the database itself is in trouble."""
+    try:
+        return body(connection)
+    except DBAPIError as error:
+        if is_trouble(error):
+            raise
+        raise _BodyFailedError from error
+    except Exception as error:
+        raise _BodyFailedError from error
+
 
 def _run_alone(connection: Connection, body: Body[Any]) -> Any:
-    """Returns the body's value or its failure; raises OperationalError when the database itself is in trouble."""
-    savepoint = connection.begin_nested()
-    try:
-        value = body(connection)
-    except OperationalError:
-        raise
-    except Exception as error:  # noqa: BLE001  The writer thread's guard: one body's fault is its caller's alone.
-        savepoint.rollback()
-        return _Failure(error)
-    savepoint.commit()
-    return value
+    """Returns the body's value or its failure; raises DBAPIError when the database itself is in trouble."""
+    for is_last in (False, True):
+        savepoint = connection.begin_nested()
+        try:
+            value = body(connection)
+        except DBAPIError as error:
+            if is_trouble(error):
+                raise
+            savepoint.rollback()
+            # A row that another replica added meanwhile: the body sees it now and says what it means.
+            if isinstance(error, IntegrityError) and not is_last:
+                continue
+            return _Failure(_bad_value(error) if isinstance(error, DataError) else error)
+        except Exception as error:  # noqa: BLE001  The writer thread's guard: one body's fault is its caller's alone.
+            savepoint.rollback()
+            return _Failure(_bad_value(error) if isinstance(error, OverflowError) else error)
+        savepoint.commit()
+        return value
+    raise AssertionError("the last try returns or raises")
 
 
-def _value_or_error(outcome: Any) -> Any:
+def _value_or_error(outcome: Any) -> Any:  # see _Group
     return outcome.error if isinstance(outcome, _Failure) else outcome
 
 
+def _bad_value(error: Exception) -> TreadleError:
+    """Returns the error for a value that a column cannot hold; the databases differ in when they notice."""
+    log.info("value_refused", cause=str(getattr(error, "orig", error)))
+    return make_error("BAD_VALUE", "a text with a zero byte, or a number beyond 63 bits, cannot be stored")
+
+
 def _trouble(error: SQLAlchemyError) -> TreadleError:
-    log.error("database_trouble", error=type(error).__name__, cause=str(getattr(error, "orig", "")))
+    log.error("database_trouble", error=type(error).__name__, cause=str(getattr(error, "orig", error)))
     return make_error("UNAVAILABLE", "the store cannot use its database now; try again", 1.0)
-
-
-def _open_engine(url: str, begin: str, num_connections: int) -> Engine:
-    engine = create_engine(
-        url, pool_size=num_connections, max_overflow=0, connect_args={"check_same_thread": False, "timeout": 10}
-    )
-
-    # The driver's own idea of when to begin a transaction would leave SAVEPOINT and DDL outside of one.
-    @event.listens_for(engine, "connect")
-    def _configure(connection: Any, _record: object) -> None:  # the driver's connection has no common type
-        connection.isolation_level = None
-        for pragma in _PRAGMAS:
-            connection.execute(pragma)
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
-
-    return engine
-
-
-def _migrate(engine: Engine) -> None:
-    """Brings the schema to its newest version, all or nothing."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")

@@ -21,7 +21,7 @@ from treadle.internal.v1 import journal_pb2, usage_pb2
 from treadle.names import RunName
 from treadle.v1 import training_pb2
 from treadle_store import quotas, usage
-from treadle_store.catalog import RunRow, fetch_run, to_run
+from treadle_store.catalog import RunRow, fetch_run, lock_leased_run, lock_run, to_run
 from treadle_store.clock import to_duration, to_timestamp
 from treadle_store.tables import leases, ops, results, runs, snapshots
 
@@ -48,7 +48,7 @@ class Claim:
 
 def claim_run(connection: Connection, claim: Claim, now_us: int) -> journal_pb2.ClaimRunResponse:
     """Gives the lease to the claimant with the next epoch. Raises RUN_NOT_FOUND, LEASE_HELD or RATE_LIMITED."""
-    row = fetch_run(connection, claim.run, lock=True)
+    row = lock_run(connection, claim.run)
     if row.epoch is not None and row.expires_us > now_us and row.holder not in ("", claim.holder):
         wait_us = row.expires_us - now_us
         raise make_error(
@@ -94,15 +94,19 @@ def release_run(connection: Connection, name: RunName, epoch: int) -> None:
         connection.execute(update(leases).where(_lease_of(name)).values(holder="", address="", expires_us=0))
 
 
-def check_epoch(connection: Connection, name: RunName, epoch: int) -> RunRow:
-    """Returns the run's row, locked, if the lease has this epoch; else raises STALE_LEASE or RUN_NOT_FOUND."""
-    row = fetch_run(connection, name, lock=True)
-    if row.epoch != epoch or not row.holder:
-        raise make_error(
-            "STALE_LEASE",
-            f"{name} is at epoch {row.epoch or 0}, this worker writes with {epoch}; drop the run and claim it again",
-        )
-    return row
+def check_epoch(connection: Connection, name: RunName, epoch: int, *, lock: bool = True) -> RunRow:
+    """Returns the run's row if its lease has this epoch; else raises STALE_LEASE or RUN_NOT_FOUND.
+
+    Locked, so that the epoch still holds when the transaction commits; a reader, who has one view, needs no lock.
+    """
+    row = lock_leased_run(connection, name, epoch) if lock else fetch_run(connection, name)
+    if row is not None and row.epoch == epoch and row.holder:
+        return row
+    there = fetch_run(connection, name)
+    raise make_error(
+        "STALE_LEASE",
+        f"{name} is at epoch {there.epoch or 0}, this worker writes with {epoch}; drop the run and claim it again",
+    )
 
 
 def write_entry(
@@ -197,7 +201,7 @@ def mark_diverged(
 
 def recovery_header(connection: Connection, name: RunName, epoch: int) -> journal_pb2.RecoveryHeader:
     """Returns where a recovery starts. Raises STALE_LEASE or RUN_NOT_FOUND."""
-    row = check_epoch(connection, name, epoch)
+    row = check_epoch(connection, name, epoch, lock=False)
     header = journal_pb2.RecoveryHeader(acked_seq=row.acked_seq, last_seq=row.last_seq)
     here = (snapshots.c.tenant == name.tenant, snapshots.c.run == name.run)
     found = connection.execute(select(*snapshots.c).where(*here)).one_or_none()
@@ -218,7 +222,7 @@ def recovery_page(
     connection: Connection, name: RunName, epoch: int, after_seq: int, limit: int
 ) -> list[journal_pb2.JournaledOperation]:
     """Returns the next operations that a recovery needs, in order; an empty page is the end. Raises STALE_LEASE."""
-    check_epoch(connection, name, epoch)
+    check_epoch(connection, name, epoch, lock=False)
     query = (
         select(*ops.c, results.c.result, results.c.state_digest)
         .select_from(ops.outerjoin(results, _same_op()))

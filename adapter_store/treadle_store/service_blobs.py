@@ -46,7 +46,7 @@ class BlobService(blobs_pb2_grpc.BlobServiceServicer):
 
     async def StatBlob(self, request: blobs_pb2.StatBlobRequest, context: object) -> blobs_pb2.StatBlobResponse:
         """Says whether a blob is there."""
-        size = await asyncio.to_thread(self._blobs.size_of, request.sha256)
+        size = await asyncio.to_thread(self._blobs.keep, request.sha256)
         return blobs_pb2.StatBlobResponse(complete=size is not None, size=size or 0)
 
     async def AdoptBlob(self, request: blobs_pb2.AdoptBlobRequest, context: object) -> blobs_pb2.AdoptBlobResponse:

@@ -10,7 +10,7 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 from sqlalchemy import Connection
 
-from treadle.errors import TreadleError, make_error, to_operation_error
+from treadle.errors import TreadleError, UnavailableError, make_error, to_operation_error
 from treadle.internal.v1 import journal_pb2, journal_pb2_grpc, usage_pb2
 from treadle.names import check_tenant
 from treadle.v1 import adapters_pb2, types_pb2
@@ -191,6 +191,9 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
             for append in entry.appends:
                 if append.payload_sha256:
                     await require_blob(self._blobs, append.payload_sha256)
+        except UnavailableError:
+            # The blob may well be there: the whole write is tried again, no run is told that its entry is wrong.
+            raise
         except TreadleError as error:
             return partial(_fail, error)
         return partial(journal.write_entry, entry=entry, name=name, now_us=self._clock())

@@ -1,13 +1,14 @@
 """The store's settings: prefix TREADLE_STORE_ in the environment, flags on the command line."""
 
 from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
-from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError
 
 from treadle_service.settings import ServiceSettings
+from treadle_store.engines import check_url, sqlite_file
 
 
 class StoreSettings(ServiceSettings):
@@ -17,7 +18,17 @@ class StoreSettings(ServiceSettings):
 
     listen: str = Field("127.0.0.1:7630", description="host:port to serve gRPC on; port 0 takes a free one")
     data_dir: Path = Field(Path("treadle-data"), description="folder of all durable state; one store at a time uses it")
-    database_url: str = Field("", description="SQLAlchemy URL of a SQLite file; default: data_dir/store.db")
+    database_url: str = Field(
+        "", description="postgresql://user@host/database, or sqlite:////a/file; default: data_dir/store.db"
+    )
+    blobs_url: str = Field("", description="s3://bucket/prefix of the blobs; default: the folder data_dir/blobs")
+    s3_endpoint: str = Field("", description="URL of another S3 than Amazon's; default: AWS_ENDPOINT_URL or Amazon's")
+    s3_region: str = Field("", description="the bucket's region; default: AWS_REGION")
+    s3_access_key_id: str = Field("", description="default: the usual AWS variables, files and instance roles")
+    s3_secret_access_key: SecretStr = Field(SecretStr(""), description="goes with s3_access_key_id")
+    replicas: int = Field(
+        1, ge=1, description="how many stores share database and blobs; more than one needs PostgreSQL and S3"
+    )
     admin_key_file: Path | None = Field(
         None, description="file that receives the first admin key at first start; default: data_dir/admin.key"
     )
@@ -36,13 +47,27 @@ class StoreSettings(ServiceSettings):
     @field_validator("database_url")
     @classmethod
     def _check_url(cls, url: str) -> str:
-        try:
-            parsed = make_url(url) if url else None
-        except ArgumentError as error:
-            raise ValueError(f"{url!r} is not a database URL: {error}") from error
-        if parsed is not None and (parsed.get_backend_name() != "sqlite" or not parsed.database):
-            raise ValueError(f"{url!r} must name a SQLite file, for example sqlite:////var/lib/treadle/store.db")
+        if url:
+            check_url(url)
         return url
+
+    @field_validator("blobs_url")
+    @classmethod
+    def _check_blobs_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url and (parts.scheme != "s3" or not parts.netloc or parts.query or parts.fragment):
+            raise ValueError(f"{url!r} does not look like s3://bucket/prefix")
+        return url
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.replicas > 1 and sqlite_file(self.database):
+            raise ValueError(
+                f"{self.replicas} replicas cannot share a SQLite file; set database_url to a PostgreSQL database"
+            )
+        if self.replicas > 1 and not self.blobs_url:
+            raise ValueError(f"{self.replicas} replicas cannot share a folder; set blobs_url to an S3 bucket")
+        return self
 
     @property
     def database(self) -> str:

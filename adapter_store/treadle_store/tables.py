@@ -202,3 +202,11 @@ adapter_files: Final = Table(
         ondelete="CASCADE",
     ),
 )
+
+# Nothing is swept while a hold lasts: a backup is copying blobs that its rows name.
+holds: Final = Table(
+    "holds",
+    metadata,
+    Column("hold", String(64), primary_key=True),
+    Column("expires_us", BigInteger, nullable=False),
+)

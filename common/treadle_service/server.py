@@ -131,7 +131,8 @@ async def _serve_until_signal(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        starting = asyncio.ensure_future(stack.enter_async_context(serve_in_process(settings, build, interceptors)))
+        serving = serve_in_process(settings, build, interceptors)
+        starting = asyncio.ensure_future(_start(stack, serving))
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -139,6 +140,20 @@ async def _serve_until_signal(
             with contextlib.suppress(asyncio.CancelledError):
                 await starting
             return
-        starting.result()
+        refusal = starting.result()
+        if refusal is not None:
+            stopping.cancel()
+            raise refusal
         await stopping
     log.info("stopped")
+
+
+async def _start(
+    stack: contextlib.AsyncExitStack, serving: AbstractAsyncContextManager[ServiceHost]
+) -> SystemExit | None:
+    """Enters the service; returns its refusal to start, which as a task's exception would end the loop in mid-air."""
+    try:
+        await stack.enter_async_context(serving)
+    except SystemExit as refusal:
+        return refusal
+    return None

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from pydantic import SecretStr
 
+from tests.support.s3 import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from treadle.errors import from_rpc_error
 from treadle.internal.v1 import (
     blobs_pb2,
@@ -138,9 +139,33 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> StoreSettings:
-    return StoreSettings(listen="127.0.0.1:0", data_dir=tmp_path / "data", internal_token=SecretStr(TOKEN))
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database of this test's own, of each kind in turn."""
+    if request.param == "postgres":
+        return request.getfixturevalue("postgres").new_database()
+    return f"sqlite:///{tmp_path / 'store.db'}"
+
+
+def s3_settings(server: S3Server, endpoint: str = "") -> dict[str, object]:
+    """Returns the settings of a fresh bucket."""
+    return {
+        "blobs_url": f"s3://{server.new_bucket()}/some/prefix",
+        "s3_endpoint": endpoint or server.endpoint,
+        "s3_region": REGION,
+        "s3_access_key_id": ACCESS_KEY_ID,
+        "s3_secret_access_key": SecretStr(SECRET_ACCESS_KEY),
+    }
+
+
+@pytest.fixture(params=["sqlite and a folder", "postgresql and s3"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> StoreSettings:
+    """Everything on one machine, and everything elsewhere."""
+    elsewhere: dict[str, object] = {}
+    if request.param != "sqlite and a folder":
+        url = request.getfixturevalue("postgres").new_database()
+        elsewhere = {"database_url": url, **s3_settings(request.getfixturevalue("s3"))}
+    return StoreSettings(listen="127.0.0.1:0", data_dir=tmp_path / "data", internal_token=SecretStr(TOKEN), **elsewhere)
 
 
 @asynccontextmanager
@@ -158,7 +183,7 @@ async def store(settings: StoreSettings, clock: FakeClock) -> AsyncIterator[Call
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    opened = Database(f"sqlite:///{tmp_path / 'store.db'}")
+def database(database_url: str) -> Iterator[Database]:
+    opened = Database(database_url)
     yield opened
     opened.close()

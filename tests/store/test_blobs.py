@@ -1,4 +1,4 @@
-"""The BlobStore contract for both stores, and what is special about files and about the wire."""
+"""The BlobStore contract for all stores, and what is special about files, buckets and the wire."""
 
 import hashlib
 import os
@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.store.conftest import blob_chunks, reason_of
+from tests.support.s3 import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, S3Server
 from treadle.errors import TreadleError
 from treadle.internal.v1 import blobs_pb2
 from treadle_store.blobs import BlobStore, LocalBlobs, MemoryBlobs
+from treadle_store.s3_blobs import S3Blobs, S3Place
 
 CONTENT = os.urandom(3 * 2**20 + 17)
+# Longer than what is sent in one piece.
+LONG = os.urandom(20 * 2**20 + 1)
 ADDRESS = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -24,8 +28,17 @@ def put(blobs: BlobStore, content: bytes, address: str | None = None, size: int 
         return writer.finish()
 
 
-@pytest.fixture(params=["memory", "local"])
+def bucket(server: S3Server, folder: Path, fresh_seconds: float = 1800, endpoint: str = "") -> S3Blobs:
+    """A new bucket with a prefix."""
+    url = f"s3://{server.new_bucket()}/some/prefix"
+    place = S3Place(url, endpoint or server.endpoint, REGION, ACCESS_KEY_ID, SECRET_ACCESS_KEY)
+    return S3Blobs(place, folder / "incoming", fresh_seconds)
+
+
+@pytest.fixture(params=["memory", "folder", "s3"])
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    if request.param == "s3":
+        return bucket(request.getfixturevalue("s3"), tmp_path)
     return MemoryBlobs() if request.param == "memory" else LocalBlobs(tmp_path / "blobs")
 
 
@@ -41,6 +54,20 @@ class TestEveryBlobStore:
         assert blobs.read(ADDRESS, len(CONTENT), 10) == b""
         assert list(blobs.addresses()) == [ADDRESS]
 
+    def test_a_long_blob_comes_back_whole(self, blobs: BlobStore) -> None:
+        """Also when it takes several pieces to bring it in."""
+        address = hashlib.sha256(LONG).hexdigest()
+        put(blobs, LONG)
+        pieces = [blobs.read(address, start, 2**22) for start in range(0, len(LONG), 2**22)]
+        assert b"".join(pieces) == LONG
+
+    def test_many_blobs_are_all_listed(self, blobs: BlobStore) -> None:
+        """Each once, in whatever order."""
+        contents = [b"%d" % i for i in range(40)]
+        for content in contents:
+            put(blobs, content)
+        assert sorted(blobs.addresses()) == sorted(hashlib.sha256(content).hexdigest() for content in contents)
+
     def test_a_repeat_is_harmless(self, blobs: BlobStore) -> None:
         """It says that the blob was there."""
         put(blobs, CONTENT)
@@ -49,7 +76,8 @@ class TestEveryBlobStore:
     def test_an_empty_blob_is_a_blob(self, blobs: BlobStore) -> None:
         """It has an address too."""
         put(blobs, b"")
-        assert blobs.size_of(hashlib.sha256(b"").hexdigest()) == 0
+        address = hashlib.sha256(b"").hexdigest()
+        assert (blobs.size_of(address), blobs.keep(address), blobs.read(address, 0, 10)) == (0, 0, b"")
 
     @pytest.mark.parametrize(
         ("content", "size", "reason"),
@@ -75,6 +103,7 @@ class TestEveryBlobStore:
 
     def test_a_missing_blob_is_said_to_be_missing(self, blobs: BlobStore) -> None:
         """Reading raises BLOB_NOT_FOUND."""
+        assert blobs.keep(ADDRESS) is None
         with pytest.raises(TreadleError) as raised:
             blobs.read(ADDRESS, 0, 1)
         assert raised.value.reason == "BLOB_NOT_FOUND"
@@ -96,14 +125,48 @@ class TestEveryBlobStore:
         assert blobs.size_of(ADDRESS) is None
 
 
-def test_asking_for_an_old_blob_renews_its_grace(tmp_path: Path) -> None:
-    """Who was told that a blob is there has time to refer to it."""
+def test_keeping_an_old_blob_renews_its_grace(tmp_path: Path) -> None:
+    """Who was told that a blob is kept has time to refer to it; asking for its size alone renews nothing."""
     blobs = LocalBlobs(tmp_path / "blobs")
     put(blobs, b"old")
     address = hashlib.sha256(b"old").hexdigest()
-    os.utime(blobs.path_of(address), (time.time() - 9999,) * 2)
-    blobs.size_of(address)
-    assert not blobs.sweep(address, 3600)
+    for renew, swept in [(blobs.keep, False), (blobs.size_of, True)]:
+        os.utime(blobs.path_of(address), (time.time() - 9999,) * 2)
+        renew(address)
+        assert blobs.sweep(address, 3600) is swept
+
+
+def test_keeping_an_old_object_makes_a_young_copy(s3: S3Server, tmp_path: Path) -> None:
+    """A sweep takes the old copy and leaves the young one, and a reader that knew the old one finds the other."""
+    blobs = bucket(s3, tmp_path, fresh_seconds=1.0)
+    put(blobs, b"old")
+    address = hashlib.sha256(b"old").hexdigest()
+    assert blobs.read(address, 0, 1) == b"o"
+    time.sleep(2.5)  # a bucket's times are whole seconds
+    assert (blobs.keep(address), blobs.keep(address)) == (3, 3)
+    assert blobs.sweep(address, 2.0) is False
+    assert blobs.read(address, 1, 2) == b"ld"
+    assert list(blobs.addresses()) == [address]
+    time.sleep(2.5)
+    assert blobs.sweep(address, 2.0) is True
+    assert blobs.keep(address) is None
+
+
+def test_a_long_upload_that_is_dropped_leaves_no_file(s3: S3Server, tmp_path: Path) -> None:
+    """What waits for its hash lies in a temporary file without a name."""
+    blobs = bucket(s3, tmp_path)
+    with blobs.open_writer(ADDRESS, len(LONG)) as writer:
+        writer.write(LONG)
+    assert list((tmp_path / "incoming").iterdir()) == []
+    assert list(blobs.addresses()) == []
+
+
+def test_a_bucket_that_is_not_there_is_said_so(s3: S3Server, tmp_path: Path) -> None:
+    """At the start, not at the first blob."""
+    place = S3Place("s3://no-such-bucket", s3.endpoint, REGION, ACCESS_KEY_ID, SECRET_ACCESS_KEY)
+    with pytest.raises(TreadleError) as raised:
+        S3Blobs(place, tmp_path / "incoming", 60)
+    assert raised.value.reason == "UNAVAILABLE"
 
 
 def test_torn_writes_of_a_crash_are_cleared(tmp_path: Path) -> None:
@@ -116,6 +179,26 @@ def test_torn_writes_of_a_crash_are_cleared(tmp_path: Path) -> None:
     assert list((tmp_path / "blobs" / "incoming").iterdir()) == []
     assert put(reopened, CONTENT) is False
     assert reopened.read(ADDRESS, 0, len(CONTENT)) == CONTENT
+
+
+def test_a_tool_beside_a_store_leaves_uploads_alone(tmp_path: Path) -> None:
+    """What is being written when it opens the folder becomes a blob; only what is old is removed."""
+    blobs = LocalBlobs(tmp_path / "blobs")
+    with blobs.open_writer(ADDRESS, len(CONTENT)) as writer:
+        writer.write(CONTENT[:1000])
+        beside = LocalBlobs(tmp_path / "blobs", beside_a_store=True)
+        beside.tidy(3600)
+        writer.write(CONTENT[1000:])
+        writer.finish()
+    assert beside.read(ADDRESS, 0, len(CONTENT)) == CONTENT
+
+
+def test_files_of_strangers_are_no_blobs(tmp_path: Path) -> None:
+    """They are not listed, so that no sweep stumbles over them."""
+    blobs = LocalBlobs(tmp_path / "blobs")
+    put(blobs, CONTENT)
+    (tmp_path / "blobs" / "ab" / "notes.txt").write_text("mine")
+    assert list(blobs.addresses()) == [ADDRESS]
 
 
 def frames(content: bytes, address: str = "", size: int | None = None) -> list[blobs_pb2.PutBlobRequest]:

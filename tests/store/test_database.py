@@ -1,18 +1,30 @@
 """Group commit, isolation between bodies, and the schema."""
 
 import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from pydantic import ValidationError
-from sqlalchemy import Connection, create_engine, insert, select, text
+from sqlalchemy import Connection, create_engine, func, insert, select, text
 
+from tests.support.postgres import PostgresServer
 from treadle.errors import TreadleError, make_error
-from treadle_store.database import Database
+from treadle_store.database import MAX_WAITING, Database
+from treadle_store.engines import SchemaError, check_url
 from treadle_store.settings import StoreSettings
 from treadle_store.tables import metadata, tenants
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Database]:
+    opened = Database(f"sqlite:///{tmp_path / 'store.db'}")
+    yield opened
+    opened.close()
 
 
 def add(tenant: str, error: Exception | None = None):
@@ -65,17 +77,59 @@ async def test_readers_cannot_write_under_the_writer(database: Database) -> None
     assert await database.read(names) == ["late"]
 
 
-async def test_every_commit_is_synced(database: Database) -> None:
+async def test_a_value_that_no_column_holds_is_bad_input(database: Database) -> None:
+    """A zero byte or a huge number is refused alike, and alone, wherever the database notices."""
+
+    def huge(connection: Connection) -> None:
+        connection.execute(insert(tenants).values(tenant="huge", created_us=2**64))
+
+    outcomes = await asyncio.gather(database.write(add("a")), database.write(huge), return_exceptions=True)
+    assert outcomes[0] == "a"
+    assert isinstance(outcomes[1], TreadleError)
+    assert outcomes[1].reason == "BAD_VALUE"
+    with pytest.raises(TreadleError) as raised:
+        await database.read(lambda connection: connection.execute(select(tenants).where(tenants.c.created_us == 2**64)))
+    assert raised.value.reason == "BAD_VALUE"
+
+
+async def test_a_waiting_line_has_an_end(sqlite: Database) -> None:
+    """Beyond its bound a write is refused as retryable; those in line are done."""
+    hold = threading.Event()
+    first = asyncio.create_task(sqlite.write(lambda _: hold.wait(30)))
+    await asyncio.sleep(0.05)
+    waiting = [asyncio.create_task(sqlite.write(lambda _: 1)) for _ in range(MAX_WAITING)]
+    await asyncio.sleep(0)
+    with pytest.raises(TreadleError) as raised:
+        await sqlite.write(add("late"))
+    assert raised.value.reason == "UNAVAILABLE"
+    hold.set()
+    assert sum(await asyncio.gather(*waiting)) == MAX_WAITING
+    await first
+
+
+async def test_every_sqlite_commit_is_synced(sqlite: Database) -> None:
     """The journal promises durability: FULL is 2, the log is a WAL, foreign keys hold."""
 
     def pragmas(connection: Connection) -> list[object]:
         queries = ("synchronous", "journal_mode", "foreign_keys")
         return [connection.execute(text(f"PRAGMA {name}")).scalar_one() for name in queries]
 
-    assert await database.write(pragmas) == [2, "wal", 1]
+    assert await sqlite.write(pragmas) == [2, "wal", 1]
 
 
-async def test_a_full_disk_is_unavailable_and_passes(database: Database) -> None:
+async def test_every_postgresql_commit_is_synced(postgres: PostgresServer) -> None:
+    """A server or role that is set to acknowledge before syncing does not do so for the store; readers cannot write."""
+    url = postgres.new_database()
+    postgres.execute(f"ALTER DATABASE {url.partition('?')[0].rpartition('/')[2]} SET synchronous_commit = off")
+    database = Database(url)
+    setting = select(func.current_setting("synchronous_commit"))
+    assert await database.write(lambda connection: connection.execute(setting).scalar_one()) == "on"
+    with pytest.raises(TreadleError):
+        await database.read(add("a"))
+    database.close()
+
+
+async def test_a_full_disk_is_unavailable_and_passes(sqlite: Database) -> None:
     """When the file cannot grow, writes are refused as retryable; afterwards they work again."""
 
     def limit(pages: int):
@@ -85,28 +139,55 @@ async def test_a_full_disk_is_unavailable_and_passes(database: Database) -> None
         for i in range(4000):
             connection.execute(insert(tenants).values(tenant=f"filler-{i}", created_us=0))
 
-    await database.write(limit(1))
+    await sqlite.write(limit(1))
     with pytest.raises(TreadleError) as raised:
-        await database.write(fill)
+        await sqlite.write(fill)
     assert (raised.value.reason, raised.value.retryable) == ("UNAVAILABLE", True)
-    await database.write(limit(1_000_000))
-    await database.write(add("after"))
-    assert await database.read(names) == ["after"]
+    await sqlite.write(limit(1_000_000))
+    await sqlite.write(add("after"))
+    assert await sqlite.read(names) == ["after"]
 
 
-def test_the_migrations_make_the_tables(tmp_path: Path) -> None:
+def test_the_migrations_make_the_tables(database_url: str) -> None:
     """The schema at the newest version is the one that the code uses."""
-    url = f"sqlite:///{tmp_path / 'store.db'}"
-    Database(url).close()
-    Database(url).close()
-    engine = create_engine(url)
+    Database(database_url).close()
+    Database(database_url).close()
+    engine = create_engine(check_url(database_url))
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
 
 
-@pytest.mark.parametrize("url", ["nonsense", "postgresql://host/db", "sqlite://"])
+def test_stores_that_start_together_migrate_once(postgres: PostgresServer) -> None:
+    """Each waits for the others and finds the schema made."""
+    url = postgres.new_database()
+    with ThreadPoolExecutor(4) as pool:
+        for opened in list(pool.map(Database, [url] * 4)):
+            opened.close()
+
+
+def test_a_schema_of_a_later_release_is_refused(database_url: str) -> None:
+    """Rather than used wrongly."""
+    Database(database_url).close()
+    engine = create_engine(check_url(database_url))
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    with pytest.raises(SchemaError, match="9999"):
+        Database(database_url)
+
+
+@pytest.mark.parametrize("url", ["nonsense", "mysql://host/db", "sqlite://", "sqlite:///:memory:", "postgresql://host"])
 def test_a_database_that_cannot_be_used_is_refused_by_the_settings(url: str) -> None:
     """Before anything is opened."""
     with pytest.raises(ValidationError):
         StoreSettings(database_url=url)
+
+
+def test_replicas_need_postgresql_and_s3() -> None:
+    """Two processes with files of their own would be two truths."""
+    with pytest.raises(ValidationError, match="PostgreSQL"):
+        StoreSettings(replicas=2)
+    with pytest.raises(ValidationError, match="S3"):
+        StoreSettings(replicas=2, database_url="postgresql://host/db")
+    StoreSettings(replicas=2, database_url="postgresql://host/db", blobs_url="s3://bucket/prefix")

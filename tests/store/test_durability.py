@@ -2,51 +2,15 @@
 
 import asyncio
 import hashlib
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import grpc
 import pytest
 
-from tests.store.conftest import TOKEN, Caller, entry
+from tests.store.conftest import Caller, entry
+from tests.store.process import StoreProcess
 from treadle_service.channels import open_channel
-
-
-class StoreProcess:
-    """The store as its own process on a free port."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
-        self.address_file = folder / "address"
-
-    def start(self) -> None:
-        self.address_file.unlink(missing_ok=True)
-        environment = {
-            **os.environ,
-            "TREADLE_STORE_LISTEN": "127.0.0.1:0",
-            "TREADLE_STORE_DATA_DIR": str(self.folder / "data"),
-            "TREADLE_STORE_INTERNAL_TOKEN": TOKEN,
-            "TREADLE_STORE_ADDRESS_FILE": str(self.address_file),
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "treadle_store"], env=environment, stderr=(self.folder / "log").open("ab")
-        )
-
-    async def address(self) -> str:
-        while not (self.address_file.exists() and self.address_file.read_text()):
-            assert self.process is not None
-            assert self.process.poll() is None, (self.folder / "log").read_text()
-            await asyncio.sleep(0.02)
-        return self.address_file.read_text()
-
-    def end(self, number: int) -> int:
-        assert self.process is not None
-        self.process.send_signal(number)
-        return self.process.wait(20)
 
 
 @pytest.fixture

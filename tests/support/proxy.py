@@ -1,4 +1,4 @@
-"""A TCP proxy that makes trouble on demand: cuts connections, refuses new ones, holds bytes back.
+"""A TCP proxy that makes trouble on demand: cuts connections, refuses new ones, holds bytes back, answers nonsense.
 
 Runs in a thread of its own. Knows nothing of what the bytes mean.
 """
@@ -20,6 +20,8 @@ class TroubleProxy:
         self._port = int(port)
         self.delay_seconds = delay_seconds
         self.refusing = False
+        self.answer = b""
+        """What every new connection is answered instead of being forwarded, if it is not empty."""
         self.num_cuts = 0
         self.num_bytes = 0
         self.address = ""
@@ -67,6 +69,9 @@ class TroubleProxy:
         if self.refusing:
             writer.transport.abort()
             return
+        if self.answer:
+            await self._answer(reader, writer)
+            return
         try:
             far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
         except OSError:
@@ -82,6 +87,13 @@ class TroubleProxy:
             for end in ends:
                 end.transport.abort()
             self._writers -= ends
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+            await reader.read(CHUNK_BYTES)
+            writer.write(self.answer)
+            await writer.drain()
+        writer.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Passes bytes on, each `delay_seconds` after it came, so that the pipe stays full."""

@@ -13,6 +13,7 @@ COMMANDS = {
     "run": LazyCommand("treadle.cli.runs:run", "List, show and delete runs."),
     "adapter": LazyCommand("treadle.cli.adapters:adapter", "List, export and import saved adapters."),
     "sample": LazyCommand("treadle.cli.sample:sample", "Sample from a base or a saved adapter."),
+    "store": LazyCommand("treadle.cli.store:store", "Check, clean, copy and restore a store's data."),
     "worker": LazyCommand("treadle.cli.workers:worker", "List the live trainers and samplers."),
 }
 
