@@ -36,8 +36,9 @@ def open_blobs(settings: StoreSettings, *, beside_a_store: bool = False) -> Blob
             settings.s3_access_key_id,
             settings.s3_secret_access_key.get_secret_value(),
         )
-        # Half of the grace is for the clocks' difference and for the time between asking for a blob and naming it.
-        return S3Blobs(place, settings.data_dir / "incoming", settings.sweep_grace_seconds / 2)
+        # Half of the shortest grace is for the difference of clocks and the time between keeping a blob and naming it.
+        grace_seconds = min(settings.sweep_grace_seconds, settings.unnamed_idle_seconds)
+        return S3Blobs(place, settings.data_dir / "incoming", grace_seconds / 2)
     except (TreadleError, OSError) as error:
         raise SystemExit(f"the store cannot open its blobs: {error}") from error
 

@@ -30,9 +30,11 @@ def used_blobs(connection: Connection) -> set[str]:
     return set(connection.execute(marks).scalars())
 
 
-def is_held(connection: Connection, now_us: int) -> bool:
-    """Tells whether somebody is copying blobs, so that none may go."""
-    return connection.execute(select(exists().where(holds.c.expires_us > now_us))).scalar_one()
+def mark(connection: Connection, now_us: int) -> set[str] | None:
+    """Returns used_blobs, or None while somebody copies blobs, so that none may go."""
+    if connection.execute(select(exists().where(holds.c.expires_us > now_us))).scalar_one():
+        return None
+    return used_blobs(connection)
 
 
 class Sweeper:
@@ -78,8 +80,7 @@ class Sweeper:
                 log.warning("sweep_failed", error=str(error))
 
     def _mark(self, connection: Connection) -> set[str] | None:
-        """Returns what is in use, None while nothing may go."""
-        return None if is_held(connection, self._clock()) else used_blobs(connection)
+        return mark(connection, self._clock())
 
     def _sweep_blobs(self, unused: list[str]) -> int:
         return sum(self._blobs.sweep(address, self._grace_seconds) for address in unused)

@@ -18,7 +18,7 @@ from treadle_store.blobs import BlobStore
 from treadle_store.clock import Clock
 from treadle_store.database import Database
 from treadle_store.revision_feed import RevisionFeed
-from treadle_store.sweep import used_blobs
+from treadle_store.sweep import mark
 from treadle_store.tables import adapter_files, adapters, runs
 
 log = get_logger(__name__)
@@ -55,9 +55,11 @@ class UnnamedRevisions:
         for name, base, _ in gone:
             self._feed.removed(base, str(name))
         if gone:
-            still_used = await self._database.read(used_blobs)
-            addresses = {sha256 for _, _, files in gone for sha256 in files} - still_used
-            await asyncio.to_thread(self._sweep_blobs, addresses)
+            still_used = await self._database.read(lambda connection: mark(connection, self._clock()))
+            addresses = {sha256 for _, _, files in gone for sha256 in files}
+            # While a backup is taken they stay, and a later sweep finds them.
+            if still_used is not None:
+                await asyncio.to_thread(self._sweep_blobs, addresses - still_used)
             log.info("unnamed_revisions_collected", revisions=len(gone))
         return len(gone)
 
