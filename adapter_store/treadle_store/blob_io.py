@@ -4,15 +4,33 @@ Knows neither which RPC the chunks came by nor what they mean.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 import google_crc32c
 
-from treadle.errors import make_error
+from treadle.errors import TreadleError, make_error
 from treadle_store.blobs import BlobStore, BlobWriter, blob_not_found
 
 CHUNK_BYTES: Final = 2**20
+_HEARING_FRAMES: Final = 64
+_HEARING_SECONDS: Final = 1.0
+
+
+@asynccontextmanager
+async def hearing_out(frames: AsyncIterator[object]) -> AsyncIterator[None]:
+    """Takes in what a caller is still sending before its stream is refused: cut short, it may not see the reason."""
+    try:
+        yield
+    except TreadleError:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HEARING_SECONDS):
+                for _ in range(_HEARING_FRAMES):
+                    if await anext(frames, None) is None:
+                        break
+        raise
 
 
 def check_chunk(data: bytes, crc32c: int) -> None:

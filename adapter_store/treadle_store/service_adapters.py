@@ -11,7 +11,7 @@ from treadle.v1 import adapters_pb2, adapters_pb2_grpc
 from treadle_service.principal import current_principal
 from treadle_store import adapters, catalog, quotas
 from treadle_store.access import visible_adapter, visible_run
-from treadle_store.blob_io import read_chunks
+from treadle_store.blob_io import hearing_out, read_chunks
 from treadle_store.blobs import BlobStore
 from treadle_store.clock import Clock
 from treadle_store.database import Database
@@ -87,16 +87,17 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request_iterator: AsyncIterator[adapters_pb2.PushAdapterRequest], context: object
     ) -> adapters_pb2.PushAdapterResponse:
         """Stores the files of a PEFT adapter as a revision of a run."""
-        first = await anext(request_iterator, None)
-        if first is None or first.WhichOneof("frame") != "header":
-            raise make_error("BAD_FRAME", "PushAdapter begins with a header that names the run and the revision")
-        run_name = visible_run(first.header.run)
-        name = run_name.adapter("revisions", first.header.revision_id)
-        row = await self._database.read(partial(_room_for_upload, name=run_name))
-        run = catalog.to_run(row, self._clock())
-        upload = Upload(self._blobs, self._max_adapter_bytes)
-        await upload.receive(request_iterator)
-        await upload.check(run)
+        async with hearing_out(request_iterator):
+            first = await anext(request_iterator, None)
+            if first is None or first.WhichOneof("frame") != "header":
+                raise make_error("BAD_FRAME", "PushAdapter begins with a header that names the run and the revision")
+            run_name = visible_run(first.header.run)
+            name = run_name.adapter("revisions", first.header.revision_id)
+            row = await self._database.read(partial(_room_for_upload, name=run_name))
+            run = catalog.to_run(row, self._clock())
+            upload = Upload(self._blobs, self._max_adapter_bytes)
+            await upload.receive(request_iterator)
+            await upload.check(run)
         adapter = adapters_pb2.Adapter(base=run.base, lora=run.lora, files=upload.files)
 
         def record(connection: Connection) -> adapters_pb2.Adapter:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 from treadle.errors import make_error
 from treadle.internal.v1 import blobs_pb2, blobs_pb2_grpc
-from treadle_store.blob_io import read_chunks, write_chunk
+from treadle_store.blob_io import hearing_out, read_chunks, write_chunk
 from treadle_store.blobs import BlobStore, blob_not_found
 
 
@@ -19,16 +19,17 @@ class BlobService(blobs_pb2_grpc.BlobServiceServicer):
         self, request_iterator: AsyncIterator[blobs_pb2.PutBlobRequest], context: object
     ) -> blobs_pb2.PutBlobResponse:
         """Stores a blob from a header and chunks."""
-        first = await anext(request_iterator, None)
-        if first is None or first.WhichOneof("frame") != "header":
-            raise make_error("BAD_FRAME", "PutBlob begins with a header")
-        header = first.header
-        with await asyncio.to_thread(self._blobs.open_writer, header.sha256, header.size) as writer:
-            async for frame in request_iterator:
-                if frame.WhichOneof("frame") != "chunk":
-                    raise make_error("BAD_FRAME", "after the header PutBlob takes chunks only")
-                await write_chunk(writer, frame.chunk.data, frame.chunk.crc32c)
-            existed = await asyncio.to_thread(writer.finish)
+        async with hearing_out(request_iterator):
+            first = await anext(request_iterator, None)
+            if first is None or first.WhichOneof("frame") != "header":
+                raise make_error("BAD_FRAME", "PutBlob begins with a header")
+            header = first.header
+            with await asyncio.to_thread(self._blobs.open_writer, header.sha256, header.size) as writer:
+                async for frame in request_iterator:
+                    if frame.WhichOneof("frame") != "chunk":
+                        raise make_error("BAD_FRAME", "after the header PutBlob takes chunks only")
+                    await write_chunk(writer, frame.chunk.data, frame.chunk.crc32c)
+                existed = await asyncio.to_thread(writer.finish)
         return blobs_pb2.PutBlobResponse(existed=existed)
 
     async def GetBlob(
