@@ -43,9 +43,11 @@ from treadle_store.service_workers import IdentityService, WorkerService
 from treadle_store.settings import StoreSettings
 from treadle_store.sweep import Sweeper
 from treadle_store.unnamed import UnnamedRevisions
+from treadle_store.worker_exchange import WorkerExchange
 from treadle_store.workers import WorkerRegistry
 
 ADMIN_TENANT = "admin"
+WORKER_EXCHANGE_SECONDS = 1.0
 SERVICES = (
     "treadle.internal.v1.JournalService",
     "treadle.internal.v1.BlobService",
@@ -103,6 +105,9 @@ async def build(host: ServiceHost, settings: StoreSettings, clock: Clock = syste
             asyncio.create_task(sweeper.run(settings.sweep_period_seconds, settings.deleted_grace_seconds)),
             asyncio.create_task(unnamed.run(settings.unnamed_period_seconds)),
         ]
+        if settings.replicas > 1:
+            exchange = WorkerExchange(workers, database, clock)
+            tasks.append(asyncio.create_task(exchange.run(WORKER_EXCHANGE_SECONDS)))
         host.on_drain(_closing(feed))
         await host.start()
         await host.set_ready(True)

@@ -31,7 +31,7 @@ EPOCH_JUMP: Final = 1_000_000
 COPY_BYTES: Final = 4 * 2**20
 FETCH_ROWS: Final = 32
 # What lasts as long as a process or a backup does.
-_PASSING: Final = frozenset({"holds", "workers"})
+_PASSING: Final = frozenset({"holds", "heard_workers"})
 _TABLES: Final = [table for table in metadata.sorted_tables if table.name not in _PASSING]
 
 

@@ -210,3 +210,13 @@ holds: Final = Table(
     Column("hold", String(64), primary_key=True),
     Column("expires_us", BigInteger, nullable=False),
 )
+
+# Which store on this database heard of which worker; rows of a few seconds.
+heard_workers: Final = Table(
+    "heard_workers",
+    metadata,
+    Column("store", String(32), primary_key=True),
+    Column("worker", String(128), primary_key=True),
+    Column("entry", LargeBinary, nullable=False),  # serialized treadle.internal.v1.WorkerEntry
+    Column("expires_us", BigInteger, nullable=False),
+)

@@ -1,4 +1,7 @@
-"""The live trainers and samplers, by heartbeat. Kept in memory: after a restart the next heartbeats refill it.
+"""The live trainers and samplers, by heartbeat.
+
+Kept in memory: after a restart the next heartbeats refill it, and stores that share a database tell each other (see
+worker_exchange).
 
 Knows nothing of runs: who holds a run is said by its lease.
 """
@@ -25,6 +28,8 @@ class WorkerRegistry:
         self._clock = clock
         self._monotonic = monotonic
         self._registrations: dict[str, _Registration] = {}
+        # What other stores on the same database heard.
+        self._elsewhere: dict[str, _Registration] = {}
 
     def beat(self, entry: workers_pb2.WorkerEntry, ttl_seconds: float) -> None:
         """Registers a worker for `ttl_seconds`. Raises BAD_NAME or BAD_VALUE."""
@@ -40,12 +45,27 @@ class WorkerRegistry:
     def remove(self, worker: str) -> None:
         """Forgets a worker; an unknown one is no error."""
         self._registrations.pop(worker, None)
+        self._elsewhere.pop(worker, None)
 
     def live(self) -> list[workers_pb2.WorkerEntry]:
         """Returns the workers whose registration lasts, by worker id."""
         now = self._monotonic()
         self._registrations = {w: r for w, r in self._registrations.items() if r.ends_at > now}
-        return [self._registrations[worker].entry for worker in sorted(self._registrations)]
+        self._elsewhere = {w: r for w, r in self._elsewhere.items() if r.ends_at > now}
+        # A worker that went over from one store to another is known by both: the later news counts.
+        found = [*self._registrations.items(), *self._elsewhere.items()]
+        newest = dict(sorted(found, key=lambda item: item[1].ends_at))
+        return [newest[worker].entry for worker in sorted(newest)]
+
+    def heard(self) -> list[tuple[workers_pb2.WorkerEntry, float]]:
+        """Returns the workers that this store itself heard of, and for how many seconds more."""
+        now = self._monotonic()
+        return [(r.entry, r.ends_at - now) for r in self._registrations.values() if r.ends_at > now]
+
+    def take_over(self, entries: list[tuple[workers_pb2.WorkerEntry, float]]) -> None:
+        """Replaces what other stores heard, given with the seconds that each lasts."""
+        now = self._monotonic()
+        self._elsewhere = {entry.worker.worker: _Registration(entry, now + seconds) for entry, seconds in entries}
 
     def bases(self) -> list[admin_pb2.BaseModel]:
         """Returns the bases that live workers hold, by name; a base may be trainable, sampleable or both."""

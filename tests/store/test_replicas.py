@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Connection
 
-from tests.store.conftest import entry
+from tests.store.conftest import TOKEN, Caller, entry, s3_settings, serve
 from tests.support.postgres import PostgresServer
 from treadle.errors import TreadleError
-from treadle.internal.v1 import journal_pb2
+from treadle.internal.v1 import journal_pb2, workers_pb2
 from treadle.names import RunName, parse_run
-from treadle.v1 import training_pb2
+from treadle.v1 import admin_pb2, training_pb2
 from treadle_store import catalog, identity, journal
+from treadle_store.clock import system_clock
 from treadle_store.database import Database
+from treadle_store.settings import StoreSettings
 
 TTL_US = 10_000_000
 
@@ -153,3 +155,48 @@ async def test_a_deadlock_between_replicas_is_resolved(replicas) -> None:
 
     await asyncio.gather(one.write(write([0, 1], 1)), other.write(write([1, 0], 2)))
     assert [t.tenant for t in await one.read(identity.list_tenants)] == ["tenant-1", "tenant-2"]
+
+
+async def test_each_store_knows_the_workers_of_all(postgres, s3, tmp_path) -> None:
+    """Two stores with one database and one bucket: workers, runs and blobs of one are those of the other."""
+    url, bucket = postgres.new_database(), s3_settings(s3)
+    one, other = (
+        StoreSettings(
+            listen="127.0.0.1:0",
+            data_dir=tmp_path / name,
+            internal_token=TOKEN,
+            replicas=2,
+            database_url=url,
+            **bucket,
+        )
+        for name in ("one", "other")
+    )
+    async with serve(one, system_clock) as first, serve(other, system_clock) as second:
+        for store, name in ((first, "trainer-0"), (second, "sampler-0")):
+            kind = admin_pb2.WORKER_KIND_TRAINER if store is first else admin_pb2.WORKER_KIND_SAMPLER
+            beat = workers_pb2.HeartbeatRequest(worker=admin_pb2.Worker(worker=name, kind=kind))
+            beat.ttl.FromSeconds(60)
+            await store.workers.Heartbeat(beat)
+        both = ["sampler-0", "trainer-0"]
+        await until(lambda: workers_of(first), both)
+        await until(lambda: workers_of(second), both)
+        await first.workers.Unregister(workers_pb2.UnregisterRequest(worker="trainer-0"))
+        await until(lambda: workers_of(second), ["sampler-0"])
+        run = await first.new_run()
+        epoch = await second.claim(run)
+        address = await first.put_blob(b"a long payload")
+        append = journal_pb2.JournalAppend(seq=1, digest=1, payload_sha256=address)
+        assert await second.write(journal_pb2.JournalEntry(run=run, epoch=epoch, appends=[append])) == [""]
+        assert (await first.recover(run, epoch))[1][0].payload_sha256 == address
+        assert sorted(path.name for path in tmp_path.glob("*/admin.key")) == ["admin.key"]
+
+
+async def workers_of(store: Caller) -> list[str]:
+    answer = await store.workers.ScanWorkers(workers_pb2.ScanWorkersRequest())
+    return [entry.worker.worker for entry in answer.workers]
+
+
+async def until(look, expected: list[str]) -> None:
+    """Looks until the answer is the expected one; the test's own time limit ends it otherwise."""
+    while await look() != expected:
+        await asyncio.sleep(0.05)
