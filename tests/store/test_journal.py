@@ -274,3 +274,25 @@ async def test_a_run_stays_marked_as_diverged(store):
     found = shown.divergence
     assert (found.seq, found.recorded_digest, found.replayed_digest, found.message) == (4, b"a", b"b", "differs")
     assert found.found.seconds > 0
+
+
+async def test_results_are_answered_byte_for_byte_until_delivered(settings, clock):
+    """Over restarts, claims and snapshots that cover them; only delivery, and then a snapshot, lets them go."""
+    noise = [bytes([seq]) * (1000 * seq) for seq in range(6)]
+    async with serve(settings, clock) as store:
+        run = await store.new_run()
+        epoch = await store.claim(run)
+        done = journal_pb2.JournalEntry(run=run, epoch=epoch, appends=entry(run, epoch, range(1, 6)).appends)
+        done.commits.extend(journal_pb2.JournalCommit(seq=seq, result=noise[seq]) for seq in range(1, 6))
+        assert await store.write(done) == [""]
+        assert await snapshot(store, run, epoch, 4) == ""
+    for acked in (0, 2):
+        async with serve(settings, clock) as store:
+            epoch = await store.claim(run)
+            assert await store.write(entry(run, epoch, acked=acked)) == [""]
+            for seq in range(acked + 1, 6):
+                assert (await read(store, run, seq)).result == noise[seq]
+            for seq in range(1, acked + 1):
+                assert await reason_of(read(store, run, seq)) == "RESULT_GONE"
+            _, operations = await store.recover(run, epoch)
+            assert [(op.seq, op.result) for op in operations] == [(seq, noise[seq]) for seq in range(acked + 1, 6)]
