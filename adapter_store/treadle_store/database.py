@@ -203,7 +203,9 @@ def _value_or_error(outcome: Any) -> Any:  # see _Group
 def _bad_value(error: Exception) -> TreadleError:
     """Returns the error for a value that a column cannot hold; the databases differ in when they notice."""
     log.info("value_refused", cause=str(getattr(error, "orig", error)))
-    return make_error("BAD_VALUE", "a text with a zero byte, or a number beyond 63 bits, cannot be stored")
+    return make_error(
+        "BAD_VALUE", "a text that is too long or has a zero byte, or a number beyond 63 bits, cannot be kept"
+    )
 
 
 def _trouble(error: SQLAlchemyError) -> TreadleError:

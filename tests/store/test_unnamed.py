@@ -122,7 +122,7 @@ def put(blobs: LocalBlobs, content: bytes) -> adapters_pb2.AdapterFile:
     with blobs.open_writer(address, len(content)) as writer:
         writer.write(content)
         writer.finish()
-    return adapters_pb2.AdapterFile(path=f"{address}.bin", size=len(content), sha256=address)
+    return adapters_pb2.AdapterFile(path=f"{address[:8]}.bin", size=len(content), sha256=address)
 
 
 @pytest.mark.parametrize(("idle_seconds", "freed"), [(0.0, True), (60.0, False)])
