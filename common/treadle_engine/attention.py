@@ -105,7 +105,7 @@ class PackedCausal:
         if self._device.type == "cpu" and unlimited and q_THd.shape[2] == v_TGd.shape[2]:
             o_THd: Tensor = _FusedCausal.apply(q_THd, k_TGd, v_TGd, lengths, scale)  # type: ignore[no-untyped-call]
             return o_THd
-        streams = (torch.split(stream, lengths) for stream in (q_THd, k_TGd, v_TGd))
+        streams = (torch.split(stream, list(lengths)) for stream in (q_THd, k_TGd, v_TGd))
         return torch.cat([_causal(q, k, v, scale, window) for q, k, v in zip(*streams, strict=True)])
 
     def _varlen(
@@ -170,14 +170,15 @@ def _sequences(
     """Yield views [S, G, L, d] of each sequence: query heads that share a key head lie in the kernel's batch."""
     groups = k_TGd.shape[1]
     shared = q_THd.shape[1] // groups
-    for q, k, v in zip(*(torch.split(stream, lengths) for stream in (q_THd, k_TGd, v_TGd)), strict=True):
+    for q, k, v in zip(*(torch.split(stream, list(lengths)) for stream in (q_THd, k_TGd, v_TGd)), strict=True):
         keys, values = (x_LGd.transpose(0, 1).expand(shared, -1, -1, -1) for x_LGd in (k, v))
         yield _by_group(q, groups), keys, values
 
 
 def _by_group(x_LHd: Tensor, groups: int) -> Tensor:
     """View [L, H, d] as [S, G, L, d]."""
-    return x_LHd.unflatten(1, (groups, -1)).permute(2, 1, 0, 3)
+    length, heads, width = x_LHd.shape
+    return x_LHd.view(length, groups, heads // groups, width).permute(2, 1, 0, 3)
 
 
 def _causal(q_LHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, scale: float, window: int | None) -> Tensor:

@@ -25,6 +25,8 @@ SERVICES = {
         "treadle.internal.v1.JournalService",
         "treadle.internal.v1.BlobService",
         "treadle.internal.v1.IdentityService",
+        "treadle.internal.v1.RevisionService",
+        "treadle.internal.v1.UsageService",
         "treadle.internal.v1.WorkerService",
         "treadle.v1.AdapterService",
         "treadle.v1.AdminService",
