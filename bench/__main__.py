@@ -7,7 +7,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("foundation", "store", "training", "weights")
+NAMES = ("foundation", "service", "store", "training", "weights")
 
 
 def main() -> None:
