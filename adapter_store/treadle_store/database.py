@@ -18,6 +18,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from treadle.errors import TreadleError, make_error
+from treadle_service import failpoints
 from treadle_service.logs import get_logger
 from treadle_store.engines import NUM_READERS, is_trouble, may_rerun, migrate, open_engines, patience
 
@@ -134,6 +135,7 @@ class Database:
             for group in groups:
                 group.outcomes.set_exception(failure)
             return
+        failpoints.reach("store.commit.after")
         for group, values in zip(groups, outcomes, strict=True):
             group.outcomes.set_result(values)
 
@@ -157,6 +159,7 @@ class Database:
             # Left without a commit, the transaction is rolled back when the connection goes back to its pool.
             transaction = connection.begin()
             outcomes = [[run(connection, body) for body in group.bodies] for group in groups]
+            failpoints.reach("store.commit.before")
             self._committing = True
             transaction.commit()
         return outcomes

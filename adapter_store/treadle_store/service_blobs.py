@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 from treadle.errors import make_error
 from treadle.internal.v1 import blobs_pb2, blobs_pb2_grpc
+from treadle_service import failpoints
 from treadle_store.blob_io import hearing_out, read_chunks, write_chunk
 from treadle_store.blobs import BlobStore, blob_not_found
 
@@ -29,7 +30,8 @@ class BlobService(blobs_pb2_grpc.BlobServiceServicer):
                     if frame.WhichOneof("frame") != "chunk":
                         raise make_error("BAD_FRAME", "after the header PutBlob takes chunks only")
                     await write_chunk(writer, frame.chunk.data, frame.chunk.crc32c)
-                existed = await asyncio.to_thread(writer.finish)
+                with failpoints.around("store.put_blob"):
+                    existed = await asyncio.to_thread(writer.finish)
         return blobs_pb2.PutBlobResponse(existed=existed)
 
     async def GetBlob(

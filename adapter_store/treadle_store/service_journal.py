@@ -14,6 +14,7 @@ from treadle.errors import TreadleError, UnavailableError, make_error, to_operat
 from treadle.internal.v1 import journal_pb2, journal_pb2_grpc, usage_pb2
 from treadle.names import check_tenant
 from treadle.v1 import adapters_pb2, types_pb2
+from treadle_service import failpoints
 from treadle_store import adapters, catalog, journal
 from treadle_store.access import may_see, visible_adapter, visible_run
 from treadle_store.blob_io import require_blob
@@ -48,7 +49,8 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
         """Adds a run to the catalog."""
         _require_tenant(request.tenant)
         body = partial(catalog.register_run, tenant=request.tenant, request=request.run, now_us=self._clock())
-        run, replayed = await self._database.write(body)
+        with failpoints.around("store.register_run"):
+            run, replayed = await self._database.write(body)
         return journal_pb2.RegisterRunResponse(run=run, replayed=replayed)
 
     async def LookupRun(self, request: journal_pb2.LookupRunRequest, context: object) -> journal_pb2.LookupRunResponse:
@@ -75,7 +77,8 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
         _require_holder(request.holder)
         claim = journal.Claim(visible_run(request.run), request.holder, request.address, _ttl_us(request.ttl))
         # The time is read when the writer gets to it: a claim must not expire a lease that was renewed before it.
-        return await self._database.write(lambda connection: journal.claim_run(connection, claim, self._clock()))
+        with failpoints.around("store.claim_run"):
+            return await self._database.write(lambda connection: journal.claim_run(connection, claim, self._clock()))
 
     async def RenewLeases(
         self, request: journal_pb2.RenewLeasesRequest, context: object
@@ -83,16 +86,18 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
         """Extends all leases of a holder."""
         _require_holder(request.holder)
         holder, ttl_us = request.holder, _ttl_us(request.ttl)
-        held = await self._database.write(
-            lambda connection: journal.renew_leases(connection, holder, ttl_us, self._clock())
-        )
+        with failpoints.around("store.renew_leases"):
+            held = await self._database.write(
+                lambda connection: journal.renew_leases(connection, holder, ttl_us, self._clock())
+            )
         return journal_pb2.RenewLeasesResponse(held=held)
 
     async def ReleaseRun(
         self, request: journal_pb2.ReleaseRunRequest, context: object
     ) -> journal_pb2.ReleaseRunResponse:
         """Gives a lease back."""
-        await self._database.write(partial(journal.release_run, name=visible_run(request.run), epoch=request.epoch))
+        with failpoints.around("store.release_run"):
+            await self._database.write(partial(journal.release_run, name=visible_run(request.run), epoch=request.epoch))
         return journal_pb2.ReleaseRunResponse()
 
     async def WriteJournal(
@@ -100,7 +105,8 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
     ) -> journal_pb2.WriteJournalResponse:
         """Writes operations and results in one transaction; each entry is answered alone."""
         prepared = [await self._prepare(entry) for entry in request.entries]
-        outcomes = await self._database.write_all(prepared)
+        with failpoints.around("store.write_journal"):
+            outcomes = await self._database.write_all(prepared)
         errors = [
             to_operation_error(outcome) if isinstance(outcome, TreadleError) else types_pb2.OperationError()
             for outcome in outcomes
@@ -123,7 +129,8 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
         name, snapshot = visible_run(request.run), request.snapshot
         await require_blob(self._blobs, snapshot.sha256, snapshot.size)
         body = partial(journal.write_snapshot, name=name, epoch=request.epoch, snapshot=snapshot)
-        await self._database.write(body)
+        with failpoints.around("store.write_snapshot"):
+            await self._database.write(body)
         return journal_pb2.WriteSnapshotResponse()
 
     async def MarkDiverged(
@@ -171,7 +178,9 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
                 catalog.fetch_run(connection, run)
             return adapters.record_adapter(connection, name, request.adapter, request.seq, self._clock())
 
-        self._feed.published(await self._database.write(record))
+        with failpoints.around("store.record_adapter"):
+            recorded = await self._database.write(record)
+        self._feed.published(recorded)
         return journal_pb2.RecordAdapterResponse()
 
     async def LookupAdapter(

@@ -7,7 +7,7 @@ broken connection, and what is not, can be tested by itself.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from treadle.errors import SeqReusedError, SequenceError, ServerError
+from treadle.errors import SeqReusedError, SequenceError, ServerError, UnavailableError
 from treadle.v1 import training_pb2
 
 
@@ -47,6 +47,7 @@ class OperationLedger:
         self._unfinished_bytes = 0
         self._max_seq = 0
         self._max_bytes = 0
+        self._epoch = 0
 
     @property
     def received_seq(self) -> int:
@@ -78,7 +79,18 @@ class OperationLedger:
         return list(range(first, self._next_new))
 
     def connect(self, welcome: training_pb2.Welcome) -> None:
-        """Takes over what the server has accepted; raises when its order and ours have nothing in common."""
+        """Takes over what the server has accepted; raises when its order and ours have nothing in common.
+
+        Raises:
+            UnavailableError: the trainer had the run before the one that was there last; ask again for the right one.
+            SeqReusedError: somebody else sends operations too.
+            ServerError: operations whose results came are missing.
+        """
+        if welcome.epoch < self._epoch:
+            raise UnavailableError(
+                f"a trainer of epoch {welcome.epoch} answered, the run is at {self._epoch}", "STALE_LEASE", 0.2
+            )
+        self._epoch = welcome.epoch
         if welcome.next_seq > self._most_sent + 1 and welcome.next_seq > self._received + 1:
             raise SeqReusedError(
                 f"somebody else sends operations to this run: the service has accepted up to {welcome.next_seq - 1}, "

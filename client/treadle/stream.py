@@ -174,8 +174,8 @@ class OperationStream:
                     return
             except grpc.aio.AioRpcError as error:
                 failure, again = failure_of(error)
-            except SequenceError as error:
-                # A result is missing; Hello says what has been received, so it is sent again.
+            except (SequenceError, UnavailableError) as error:
+                # A result is missing, or an old trainer answered; Hello says what has been received.
                 failure = error
             except TreadleError as error:
                 failure, again = error, False

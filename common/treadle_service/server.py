@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from treadle_service import failpoints
 from treadle_service.channels import SERVER_OPTIONS
 from treadle_service.interceptors import ErrorInterceptor
 from treadle_service.logs import configure_logging, get_logger
@@ -120,6 +121,10 @@ def run_service(
     """
     settings = load_settings(settings_class, arguments)
     configure_logging(role, settings.log_format, settings.log_level)
+    try:
+        failpoints.arm(settings.failpoints, allowed=settings.allow_failpoints)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     asyncio.run(_serve_until_signal(settings, build, make_interceptors(settings)))
 
 

@@ -23,6 +23,8 @@ class ServiceSettings(BaseSettings):
     log_format: Literal["console", "json"] = Field("console", description="readable lines or one JSON object per line")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     drain_grace_seconds: float = Field(10.0, ge=0, description="time that running calls get after SIGTERM")
+    allow_failpoints: bool = Field(False, description="for tests of this deployment: failpoints may be armed")
+    failpoints: str = Field("", description="NAME=kill, NAME=sleep:SECONDS or NAME=raise:REASON, @VISIT; for tests")
     address_file: Path | None = Field(None, description="file that receives the bound host:port once serving")
 
 

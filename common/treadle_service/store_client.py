@@ -29,15 +29,18 @@ from treadle.internal.v1 import (
 )
 from treadle.v1 import adapters_pb2
 from treadle_service.channels import internal_metadata, open_channel
+from treadle_service.logs import get_logger
 
 CHUNK_BYTES: Final = 2**20
 CALL_SECONDS: Final = 10.0
 BLOB_SECONDS: Final = 300.0
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 2.0
-_AWAY: Final = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "DRAINING")
+AWAY: Final = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "DRAINING")
+"""Reasons with which a store is away for a moment."""
 
 T = TypeVar("T")
+log = get_logger(__name__)
 
 
 class StoreClient:
@@ -122,17 +125,23 @@ class StoreClient:
         incoming = self._shared_blobs / "incoming" if self._shared_blobs is not None else None
         return incoming / secrets.token_hex(16) if incoming is not None and incoming.is_dir() else None
 
-    async def put_file(self, path: Path) -> str:
-        """Gives the store a file that lies at a `new_file`, and returns its sha256; the file is gone afterwards."""
+    async def put_file(self, path: Path, wanted: Callable[[], bool] = lambda: False) -> str:
+        """Gives the store a file that lies at a `new_file`, and returns its sha256; the file is gone afterwards.
+
+        Goes on as long as `wanted()` while the store is away.
+        """
         with path.open("rb") as file:
             request = blobs_pb2.AdoptBlobRequest(file=path.name, size=path.stat().st_size)
             try:
-                answer: blobs_pb2.AdoptBlobResponse = await self._retried(
-                    lambda: self._unary(self._blobs.AdoptBlob, request)
+                answer: blobs_pb2.AdoptBlobResponse = await persist(
+                    lambda: self._retried(lambda: self._unary(self._blobs.AdoptBlob, request)), wanted
                 )
                 # A store that sees another folder, or was started again before it answered, has no such file; what was
                 # written is still here.
-                return answer.sha256 or await self.put_blob(await asyncio.to_thread(file.read))
+                if answer.sha256:
+                    return answer.sha256
+                data = await asyncio.to_thread(file.read)
+                return await persist(lambda: self.put_blob(data), wanted)
             finally:
                 path.unlink(missing_ok=True)
 
@@ -179,11 +188,24 @@ class StoreClient:
             try:
                 return await call()
             except TreadleError as error:
-                if error.reason not in _AWAY:
+                if error.reason not in AWAY:
                     raise
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         return await call()
+
+
+async def persist(call: Callable[[], Awaitable[T]], wanted: Callable[[], bool]) -> T:
+    """Makes a call that may be repeated again and again for as long as the store is away and `wanted()`."""
+    while True:
+        try:
+            return await call()
+        except TreadleError as error:
+            if error.reason not in AWAY or not wanted():
+                raise
+            log.warning("store_away", reason=error.reason, message=error.message)
+        # A refusal may come at once.
+        await asyncio.sleep(_FIRST_PAUSE_SECONDS)
 
 
 def _holds(path: Path, sha256: str) -> bool:

@@ -41,6 +41,7 @@ async def build(host: ServiceHost, settings: GatewaySettings) -> AsyncIterator[N
 
     async def on_refresh() -> None:
         await host.set_ready(True)
+        await gateway.cut_lost_streams()
         live = frozenset(worker.address for worker in directory.table.workers)
         await upstreams.retain(live | {settings.store_address})
 

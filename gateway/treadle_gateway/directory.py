@@ -148,6 +148,16 @@ class Directory:
 
         return await self._runs.get(name, load)
 
+    async def holds(self, name: str, address: str) -> bool:
+        """Tells whether the trainer at `address` has a run's lease; it has while the store does not answer."""
+        try:
+            found = await self.journal.LookupRun(
+                journal_pb2.LookupRunRequest(run=name), metadata=self.internal_metadata(None), timeout=STORE_SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            return store_error(error).reason != "RUN_NOT_FOUND"
+        return found.lease.address == address and found.lease.remaining.ToNanoseconds() > 0
+
     async def trainer_of(self, name: str, principal: Principal) -> str:
         """Returns the address of the trainer for a run; raises RUN_NOT_FOUND, BAD_NAME, NO_WORKER."""
         found = await self.lookup_run(name, principal)

@@ -38,6 +38,8 @@ class Target:
     lost: Callable[[], TreadleError]
     # Called when the upstream refuses, with the refusal; routing may have been wrong.
     refused: Callable[[TreadleError], None] = lambda _: None
+    # The run that a stream of operations is about.
+    run: str = ""
 
 
 class Upstreams:
@@ -80,7 +82,8 @@ class Forwarder:
 
     def __init__(self, upstreams: Upstreams) -> None:
         self.upstreams = upstreams
-        self._streams: set[Call] = set()
+        self._streams: dict[Call, Target] = {}
+        self._cut: set[Call] = set()
         self._ending = False
         self._no_streams = asyncio.Event()
         self._no_streams.set()
@@ -132,7 +135,7 @@ class Forwarder:
         with self.upstreams.use(target.address) as channel:
             start: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
             call = start(requests, metadata=target.metadata)
-            self._enter(call)
+            self._enter(call, target)
 
             def on_done(_: "Context") -> None:
                 # A caller who vanishes while a frame is being written to it leaves this generator suspended.
@@ -145,12 +148,24 @@ class Forwarder:
             except grpc.aio.AioRpcError as error:
                 await _relay(context, error, target)
             except asyncio.CancelledError:
+                if call in self._cut:
+                    raise target.lost() from None
                 if not self._ending:
                     raise
                 raise _draining() from None
             finally:
                 call.cancel()
                 self._leave(call)
+
+    def streams_outside(self, addresses: frozenset[str]) -> list[Target]:
+        """Returns the targets of streams to others than these addresses."""
+        return [target for target in self._streams.values() if target.address not in addresses]
+
+    def cut(self, target: Target) -> None:
+        """Ends the stream to a target as if the target had gone."""
+        for call in [call for call, its in self._streams.items() if its is target]:
+            self._cut.add(call)
+            call.cancel()
 
     async def end_streams(self, grace_seconds: float) -> None:
         """Waits for the streams to end by themselves, then ends the rest with DRAINING."""
@@ -160,12 +175,13 @@ class Forwarder:
         for call in list(self._streams):
             call.cancel()
 
-    def _enter(self, call: "Call") -> None:
-        self._streams.add(call)
+    def _enter(self, call: "Call", target: Target) -> None:
+        self._streams[call] = target
         self._no_streams.clear()
 
     def _leave(self, call: "Call") -> None:
-        self._streams.discard(call)
+        self._streams.pop(call, None)
+        self._cut.discard(call)
         if not self._streams:
             self._no_streams.set()
 

@@ -13,6 +13,7 @@ from treadle.v1 import training_pb2
 from treadle_gateway.directory import STORE_SECONDS, Directory, run_not_found, store_error
 from treadle_gateway.forward import Upstreams
 from treadle_gateway.routing import no_worker
+from treadle_service import failpoints
 from treadle_service.logs import get_logger
 from treadle_service.principal import Principal, current_principal
 
@@ -58,11 +59,12 @@ class RunService:
         if not request.from_adapter or request.base:
             await self._check_base(request.base)
         try:
-            answer = await self._directory.journal.RegisterRun(
-                journal_pb2.RegisterRunRequest(tenant=principal.tenant, run=request),
-                metadata=self._directory.internal_metadata(principal),
-                timeout=STORE_SECONDS,
-            )
+            with failpoints.around("gateway.register_run"):
+                answer = await self._directory.journal.RegisterRun(
+                    journal_pb2.RegisterRunRequest(tenant=principal.tenant, run=request),
+                    metadata=self._directory.internal_metadata(principal),
+                    timeout=STORE_SECONDS,
+                )
         except grpc.aio.AioRpcError as error:
             raise store_error(error) from error
         return training_pb2.CreateRunResponse(run=answer.run, replayed=answer.replayed)

@@ -20,6 +20,7 @@ from treadle_gateway.directory import Directory
 from treadle_gateway.forward import Forwarder, Target
 from treadle_gateway.routing import RETRY_SECONDS, pick_sampler
 from treadle_gateway.runs import RunService
+from treadle_service import failpoints
 from treadle_service.principal import current_principal
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ class Gateway:
             for service in PUBLIC_SERVICES
         ]
 
+    async def cut_lost_streams(self) -> None:
+        """Ends streams to trainers that show no sign of life and have lost the run: a frozen one never would."""
+        live = frozenset(worker.address for worker in self._directory.table.workers)
+        for target in self._forwarder.streams_outside(live):
+            if not await self._directory.holds(target.run, target.address):
+                self._forwarder.cut(target)
+
     def _raw(self, method: MethodDescriptor) -> "Handler":
         """Returns the handler that forwards `method` as bytes, whichever of the four kinds it is."""
         where = path(method)
@@ -66,11 +74,13 @@ class Gateway:
 
             async def stream(requests: AsyncIterator[bytes], context: "Context") -> AsyncIterator[bytes]:
                 first = await _first_frame(requests)
+                failpoints.reach("gateway.hello")
                 target = await self._run_target(_run_of_stream(first))
                 async with contextlib.aclosing(
                     self._forwarder.stream(where, _chain(first, requests), context, target)
                 ) as responses:
                     async for response in responses:
+                        failpoints.reach("gateway.answer")
                         yield response
 
             return _make(grpc.stream_stream_rpc_method_handler, stream)
@@ -118,8 +128,11 @@ class Gateway:
         def refused(error: TreadleError) -> None:
             if error.reason in _MOVED:
                 self._directory.forget_run(run)
+            if error.reason == "DRAINING":
+                # It says so for as long as it lives, and the list of workers is a moment old.
+                self._directory.lost(address)
 
-        return Target(address, self._directory.internal_metadata(principal), lost, refused)
+        return Target(address, self._directory.internal_metadata(principal), lost, refused, run)
 
     async def _model_target(self, model: str) -> Target:
         principal = current_principal()
@@ -157,6 +170,7 @@ async def _first_frame(requests: AsyncIterator[bytes]) -> bytes:
 async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield first
     async for frame in rest:
+        failpoints.reach("gateway.forward")
         yield frame
 
 

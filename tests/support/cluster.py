@@ -1,6 +1,7 @@
-"""A whole Treadle on this machine: the four services as real processes on loopback ports.
+"""A whole Treadle on this machine: its services as real processes on loopback ports.
 
-Each can be killed and started again at the same address. Knows nothing of what a test does with them.
+Each can be killed, frozen and started again at the same address, and connections to it cut. Knows nothing of what a
+test does with them.
 """
 
 import os
@@ -16,10 +17,14 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.support.nursery import ForkedProcess
+from tests.support.proxy import TroubleProxy
 from treadle.v1 import admin_pb2, admin_pb2_grpc
 
 ROLES = ("store", "trainer", "sampler", "gateway")
 START_SECONDS = 90.0
+# A service that is being started refuses connections for a while.
+CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200))
 
 
 def free_port() -> int:
@@ -30,43 +35,80 @@ def free_port() -> int:
 
 
 class Cluster:
-    """Four services over one data folder."""
+    """Services over one data folder, by name: those of ROLES, and more trainers as `trainer-1` and so on."""
 
-    def __init__(self, folder: Path, base: str = "pip", settings: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        base: str = "pip",
+        settings: dict[str, str] | None = None,
+        *,
+        trainers: int = 1,
+        forked: bool = False,
+        proxied: bool = False,
+    ) -> None:
+        """Prepares the services without starting any.
+
+        Args:
+            folder: where the store and the logs are.
+            base: what the workers hold.
+            settings: environment for those services whose prefix it has.
+            trainers: how many there are.
+            forked: start processes from one that has imported everything, in tenths of a second.
+            proxied: have every connection to a service go through a proxy of its own in `proxies`.
+        """
         self.folder = folder
-        self.addresses = {role: f"127.0.0.1:{free_port()}" for role in ROLES}
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._token = secrets.token_hex(16)
+        self.names = (*ROLES, *(f"trainer-{number}" for number in range(1, trainers)))
+        self.addresses = {name: f"127.0.0.1:{free_port()}" for name in self.names}
+        self.processes: dict[str, subprocess.Popen[bytes] | ForkedProcess] = {}
+        self.proxies: dict[str, TroubleProxy] = {}
+        if proxied:
+            self.proxies = {name: TroubleProxy(self.addresses[name]).__enter__() for name in self.names}
+        self.token = secrets.token_hex(16)
+        self._forked = forked
         self._extra = settings or {}
         self._base = base
         self._tenants = 0
 
-    def environment(self, role: str) -> dict[str, str]:
-        """Returns the environment that a role starts with."""
+    def reach(self, name: str) -> str:
+        """Returns the address under which others reach a service."""
+        return self.proxies[name].address if self.proxies else self.addresses[name]
+
+    def environment(self, name: str) -> dict[str, str]:
+        """Returns the environment that a service starts with."""
+        role = name.partition("-")[0]
         prefix = f"TREADLE_{role.upper()}_"
-        values = {"LISTEN": self.addresses[role], "INTERNAL_TOKEN": self._token, "DRAIN_GRACE_SECONDS": "5"}
+        values = {"LISTEN": self.addresses[name], "INTERNAL_TOKEN": self.token, "DRAIN_GRACE_SECONDS": "5"}
         if role == "store":
             values["DATA_DIR"] = str(self.folder)
         else:
-            values["STORE_ADDRESS"] = self.addresses["store"]
+            values["STORE_ADDRESS"] = self.reach("store")
         if role in ("trainer", "sampler"):
-            values |= {"BASE": self._base, "DTYPE": "float32", "THREADS": "1", "WORKER": f"{role}-0"}
+            worker = name if name != role else f"{role}-0"
+            values |= {"BASE": self._base, "DTYPE": "float32", "THREADS": "1", "WORKER": worker}
+            values["ADVERTISE"] = self.reach(name)
         own = {prefix + key: value for key, value in values.items()}
         extra = {key: value for key, value in self._extra.items() if key.startswith(prefix)}
         shared = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         return {**os.environ, **shared, **own, **extra}
 
-    def launch(self, role: str) -> None:
-        """Starts a role's process without waiting for it."""
-        with (self.folder / f"{role}.log").open("ab") as log:
+    def launch(self, name: str, **settings: str) -> None:
+        """Starts a service without waiting for it; `settings` are further ones, without their prefix."""
+        role, log = name.partition("-")[0], self.folder / f"{name}.log"
+        extra = {f"TREADLE_{role.upper()}_{key.upper()}": value for key, value in settings.items()}
+        environment = {**self.environment(name), **extra}
+        if self._forked:
+            self.processes[name] = ForkedProcess(role, environment, log)
+            return
+        with log.open("ab") as out:
             command = [sys.executable, "-m", f"treadle_{role}"]
-            self.processes[role] = subprocess.Popen(command, env=self.environment(role), stdout=log, stderr=log)
+            self.processes[name] = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
 
-    def wait_ready(self, roles: Iterable[str] = ROLES) -> None:
-        """Waits until the roles say that they are ready."""
+    def wait_ready(self, names: Iterable[str] = ()) -> None:
+        """Waits until the services, all if none is named, say that they are ready."""
         deadline = time.monotonic() + START_SECONDS
-        for role in roles:
-            with grpc.insecure_channel(self.addresses[role]) as channel:
+        for role in names or self.names:
+            with grpc.insecure_channel(self.addresses[role], options=CHANNEL_OPTIONS) as channel:
                 stub = health_pb2_grpc.HealthStub(channel)
                 while not self._ready(stub):
                     assert self.processes[role].poll() is None, f"{role} ended:\n{self.log_of(role)}"
@@ -82,10 +124,10 @@ class Cluster:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def start(self) -> None:
-        """Starts all four and waits until they are ready."""
+        """Starts all and waits until they are ready."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for role in ROLES:
-            self.launch(role)
+        for name in self.names:
+            self.launch(name)
         self.wait_ready()
 
     def kill(self, role: str) -> None:
@@ -93,6 +135,14 @@ class Cluster:
         process = self.processes.pop(role)
         process.kill()
         process.wait()
+
+    def freeze(self, name: str) -> None:
+        """Stops a process as a long pause of its machine would (SIGSTOP)."""
+        self.processes[name].send_signal(signal.SIGSTOP)
+
+    def thaw(self, name: str) -> None:
+        """Lets a frozen process go on (SIGCONT)."""
+        self.processes[name].send_signal(signal.SIGCONT)
 
     def stop(self, role: str) -> int:
         """Asks a role to drain and returns its exit code."""
@@ -102,15 +152,19 @@ class Cluster:
 
     def close(self) -> None:
         """Ends all processes, the store last."""
-        for role in reversed(ROLES):
-            process = self.processes.pop(role, None)
-            if process is not None:
+        for names in (set(self.names) - {"store"}, {"store"}):
+            ending = [self.processes.pop(name) for name in names & self.processes.keys()]
+            for process in ending:
+                process.send_signal(signal.SIGCONT)
                 process.send_signal(signal.SIGTERM)
+            for process in ending:
                 try:
                     process.wait(timeout=20)
-                except subprocess.TimeoutExpired:
+                except (subprocess.TimeoutExpired, TimeoutError):
                     process.kill()
                     process.wait()
+        for proxy in self.proxies.values():
+            proxy.__exit__(None, None, None)
 
     def log_of(self, role: str) -> str:
         """Returns the end of a role's log."""
@@ -119,7 +173,7 @@ class Cluster:
     @property
     def gateway_address(self) -> str:
         """Where users connect."""
-        return self.addresses["gateway"]
+        return self.reach("gateway")
 
     @property
     def admin_key(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,9 @@ from treadle import names
 from treadle.errors import TreadleError, make_error
 from treadle.v1 import adapters_pb2, training_pb2
 from treadle_engine.peft_format import WEIGHTS_FILE
+from treadle_service import failpoints
 from treadle_service.logs import get_logger
+from treadle_service.store_client import persist
 from treadle_trainer import operations
 from treadle_trainer.device import OPTIMIZER_FILE, Device
 from treadle_trainer.device_loop import DeviceLoop
@@ -76,7 +79,9 @@ class Adapters:
         began = time.monotonic()
         try:
             adapter = adapters_pb2.Adapter(base=resident.facts.base, lora=resident.facts.lora, step=step)
-            stored_files = await asyncio.gather(*(self._put(path, content) for path, content in sorted(files.items())))
+            with failpoints.around("trainer.put_adapter"):
+                puts = [self._put(resident, path, content) for path, content in sorted(files.items())]
+                stored_files = await asyncio.gather(*puts)
             adapter.files.extend(stored_files)
             adapter.unnamed = op.kind == SAVE_WEIGHTS and not op.work.operation.save_weights_for_sampler.revision_id
             adapter.name = _adapter_name(resident.name, op, stored_files, step)
@@ -84,7 +89,9 @@ class Adapters:
             stored = time.monotonic()
             # An adapter must not outlive an operation that was never accepted.
             await resident.wait_until(lambda: resident.results.appended_seq >= op.seq)
-            await self._store.record_adapter(resident.name, resident.facts.epoch, op.seq, adapter)
+            with failpoints.around("trainer.record_adapter"):
+                record = partial(self._store.record_adapter, resident.name, resident.facts.epoch, op.seq, adapter)
+                await persist(record, resident.is_open)
         except TreadleError as error:
             self._loop.conclude(resident, op, error)
             return
@@ -103,17 +110,20 @@ class Adapters:
         )
         self._loop.conclude(resident, op, result)
 
-    async def _put(self, path: str, content: bytes | Path) -> adapters_pb2.AdapterFile:
+    async def _put(self, resident: Resident, path: str, content: bytes | Path) -> adapters_pb2.AdapterFile:
         if isinstance(content, bytes):
-            return adapters_pb2.AdapterFile(path=path, size=len(content), sha256=await self._store.put_blob(content))
+            sha256 = await persist(partial(self._store.put_blob, content), resident.is_open)
+            return adapters_pb2.AdapterFile(path=path, size=len(content), sha256=sha256)
         size = content.stat().st_size
-        return adapters_pb2.AdapterFile(path=path, size=size, sha256=await self._store.put_file(content))
+        sha256 = await self._store.put_file(content, resident.is_open)
+        return adapters_pb2.AdapterFile(path=path, size=size, sha256=sha256)
 
     async def _load(self, resident: Resident, op: RunOp) -> None:
         with_optimizer = op.work.operation.load_state.with_optimizer
         try:
             name = operations.adapter_to_load(resident.name, op.work.operation)
-            files = await self.fetch(name, resident.facts.base, with_optimizer=with_optimizer)
+            fetch = partial(self.fetch, name, resident.facts.base, with_optimizer=with_optimizer)
+            files = await persist(fetch, resident.is_open)
             config = operations.lora_config(resident.facts.lora)
             if resident.closed is not None:
                 return

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from treadle.errors import TreadleError
 from treadle.v1 import training_pb2
+from treadle_service import failpoints
 from treadle_service.logs import get_logger
 from treadle_trainer import operations
 from treadle_trainer.budget import Pace, PassBudget
@@ -124,7 +125,8 @@ class DeviceLoop:
             self._look_for_faults()
             for resident in self._working():
                 resident.order.expire(time.monotonic())
-                self._settle(resident)
+                if not resident.draining:
+                    self._settle(resident)
             if self._pass is not None:
                 continue
             queues = self._queues()
@@ -167,11 +169,7 @@ class DeviceLoop:
         return now < self._patient_until
 
     def _working(self) -> list[Resident]:
-        return [
-            run
-            for run in self._residents.values()
-            if len(run.order) and not run.num_held and not run.draining and run.closed is None
-        ]
+        return [run for run in self._residents.values() if len(run.order) and not run.num_held and run.closed is None]
 
     def _settle(self, resident: Resident) -> None:
         """Ends or starts first operations until one needs a pass, or has started."""
@@ -212,6 +210,7 @@ class DeviceLoop:
                 resident.step_seconds = min(resident.step_seconds or math.inf, time.monotonic() - began)
             if resident.closed is not None:
                 return
+            failpoints.reach("trainer.step")
             result = Result()
             result.optim_step.step = stepped.step
             for key, value in stepped.metrics.items():
@@ -232,7 +231,8 @@ class DeviceLoop:
         """Yields the chunks of a run that may go into the next pass, in order."""
         for op in resident.order.runnable_batch():
             prepared = op.work.prepared
-            if prepared is None:
+            # A run that leaves finishes what it has begun, and begins nothing.
+            if prepared is None or (resident.draining and op.started_at is None):
                 return
             for index in range(len(prepared.results), len(prepared.chunks)):
                 chunk = prepared.chunks[index]
@@ -260,6 +260,7 @@ class DeviceLoop:
         except TreadleError as error:
             fault, results = error, []
         took = self._pass_seconds = time.monotonic() - began
+        failpoints.reach("trainer.pass")
         usual = self._budget.fixed_seconds + sum(self._budget.seconds(chunk.batch.lengths_R) for chunk in chunks)
         pairs = zip(picked, chunks, strict=True)
         shares = [(pick.resident.name, pick.op.seq, chunk.batch.num_tokens) for pick, chunk in pairs]

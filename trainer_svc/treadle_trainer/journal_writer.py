@@ -16,6 +16,7 @@ from typing import Final
 from treadle.errors import TreadleError
 from treadle.internal.v1 import journal_pb2
 from treadle.v1 import types_pb2
+from treadle_service import failpoints
 from treadle_service.logs import get_logger
 from treadle_trainer.journal_client import JournalClient
 
@@ -81,7 +82,7 @@ class JournalWriter:
         self._on_written, self._on_refused = on_written, on_refused
         self._pending: dict[str, _Pending] = {}
         self._wake = asyncio.Event()
-        self._idle = asyncio.Condition()
+        self._moved = asyncio.Event()
 
     def open(self, run: str, epoch: int, appended_seq: int) -> None:
         """Begins to write for a run whose operations up to `appended_seq` are in the journal."""
@@ -92,6 +93,7 @@ class JournalWriter:
         pending = self._pending.pop(run, None)
         for upload in pending.uploads.values() if pending else ():
             upload.cancel()
+        self._announce()
 
     def append(self, run: str, seq: int, digest: int, payload: bytes) -> None:
         """Queues an operation, the one after the last."""
@@ -120,8 +122,8 @@ class JournalWriter:
 
     async def flush(self, run: str) -> None:
         """Waits until the run has nothing left to write, or is closed."""
-        async with self._idle:
-            await self._idle.wait_for(lambda: run not in self._pending or self._pending[run].empty)
+        while run in self._pending and not self._pending[run].empty:
+            await self._moved.wait()
 
     async def run_forever(self) -> None:
         """Writes until cancelled."""
@@ -130,10 +132,14 @@ class JournalWriter:
             self._wake.clear()
             while (batch := self._gather()).entries:
                 if await self._write(batch):
-                    async with self._idle:
-                        self._idle.notify_all()
+                    self._announce()
                 else:
                     await asyncio.sleep(_PAUSE_SECONDS)
+
+    def _announce(self) -> None:
+        """Wakes whoever waits for a run to have nothing left to write."""
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
 
     def _gather(self) -> _Batch:
         batch = _Batch()
@@ -179,7 +185,8 @@ class JournalWriter:
 
     async def _write(self, batch: _Batch) -> bool:
         try:
-            response = await self._store.write_journal(batch.entries)
+            with failpoints.around("trainer.write_journal"):
+                response = await self._store.write_journal(batch.entries)
         except TreadleError as error:
             log.warning("journal_write_failed", reason=error.reason, message=error.message)
             return False

@@ -18,6 +18,7 @@ from treadle import names
 from treadle.errors import TreadleError, from_operation_error, make_error
 from treadle.internal.v1 import journal_pb2
 from treadle.v1 import training_pb2
+from treadle_service import failpoints
 from treadle_service.logs import get_logger
 from treadle_trainer import operations
 from treadle_trainer.device import Device
@@ -79,6 +80,7 @@ class Recovery:
             raise make_error("NO_WORKER", f"{name} is on base {claim.run.base!r}; this trainer holds {self.base!r}")
         journal = await self._read(name, claim.lease.epoch)
         num_failed = await self._load_state(name, claim, journal)
+        failpoints.reach("trainer.loaded")
         facts = RunFacts(
             name, names.parse_run(name).tenant, claim.run.base, claim.run.lora, claim.lease.epoch, self.max_context
         )
@@ -100,6 +102,7 @@ class Recovery:
             await self._queue(resident, row, journal.snapshot_seq)
         if claim.run.state == training_pb2.RUN_STATE_DIVERGED:
             resident.diverge(claim.run.divergence.message)
+        failpoints.reach("trainer.recovered")
         log.info(
             "run_loaded",
             run=name,

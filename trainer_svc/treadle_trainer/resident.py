@@ -17,6 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from treadle.errors import TreadleError, make_error, to_operation_error
 from treadle.v1 import training_pb2, types_pb2
+from treadle_service import failpoints
 from treadle_trainer import operations
 from treadle_trainer.journal_writer import JournalWriter, Written
 from treadle_trainer.operations import PassWork
@@ -131,6 +132,8 @@ class Resident:
         """How long its optimizer steps take; 0 before the first."""
         self.num_streams = 0
         self.last_used = time.monotonic()
+        self.lease_until = 0.0
+        """Until then nobody else can have claimed the run, on the monotonic clock."""
         self._writer, self._prepare, self._wake = writer, prepare, wake
         self._on_diverged = on_diverged
         self._told_acked_seq = results.acked_seq
@@ -175,6 +178,7 @@ class Resident:
         verdict = self.order.offer(offer, time.monotonic(), done_seq=self.results.shown_seq, hold=hold)
         self.last_used = time.monotonic()
         if verdict is Verdict.NEW:
+            failpoints.reach("trainer.accepted")
             for op in [op for op in self.order if op.seq >= first]:
                 self._writer.append(self.name, op.seq, op.digest, op.work.operation.SerializeToString())
                 self.admit(op)
@@ -268,6 +272,10 @@ class Resident:
         for task in self._preparing:
             task.cancel()
         self.announce()
+
+    def is_open(self) -> bool:
+        """Tells whether the run is still here."""
+        return self.closed is None
 
     def check_open(self) -> None:
         """Raises if the run has left or is about to."""

@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from treadle.errors import TreadleError, make_error
 from treadle.internal.v1 import trainer_pb2, trainer_pb2_grpc
 from treadle.v1 import training_pb2, training_pb2_grpc
+from treadle_service import failpoints
 from treadle_service.principal import current_principal
 from treadle_trainer.operations import cost_message
 from treadle_trainer.resident import Resident
@@ -59,6 +60,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> AsyncIterator[training_pb2.StreamOperationsResponse]:
         """Carries the operations of one run."""
         hello = await read_hello(request_iterator)
+        failpoints.reach("trainer.hello")
         resident = await self._open(hello.run)
         resident.check_open()
         if hello.acked_seq:

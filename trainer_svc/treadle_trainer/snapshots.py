@@ -10,6 +10,7 @@ import asyncio
 
 from treadle.errors import TreadleError
 from treadle.internal.v1 import journal_pb2
+from treadle_service import failpoints
 from treadle_service.logs import get_logger
 from treadle_trainer.device import Device, StateCopy
 from treadle_trainer.executor import Executor
@@ -60,9 +61,11 @@ class Snapshots:
             copy = await copying
             snapshot = journal_pb2.Snapshot(seq=seq, step=copy.step, size=copy.size, state_digest=copy.digest)
             put = self._store.put_blob(copy.data) if isinstance(copy.data, bytes) else self._store.put_file(copy.data)
-            snapshot.sha256 = await put
+            with failpoints.around("trainer.put_snapshot"):
+                snapshot.sha256 = await put
             await resident.wait_until(lambda: resident.results.committed_seq >= snapshot.seq)
-            await self._store.write_snapshot(resident.name, resident.facts.epoch, snapshot)
+            with failpoints.around("trainer.write_snapshot"):
+                await self._store.write_snapshot(resident.name, resident.facts.epoch, snapshot)
             resident.snapshot_seq, resident.snapshot_sha256 = snapshot.seq, snapshot.sha256
             resident.snapshot_digest = snapshot.state_digest
             log.info("snapshot", run=resident.name, seq=snapshot.seq, step=snapshot.step, size_bytes=snapshot.size)

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from treadle.errors import TreadleError, make_error
 from treadle.v1 import training_pb2
+from treadle_service import failpoints
 from treadle_trainer.resident import Resident
 
 PROTOCOL: Final = 1
@@ -86,6 +87,7 @@ class OperationStream:
         reading.add_done_callback(lambda _: resident.announce())
         credit = resident.credit()
         try:
+            failpoints.reach("trainer.welcome")
             yield Response(welcome=self._welcome(credit))
             while True:
                 changed = resident.changed()
@@ -130,6 +132,7 @@ class OperationStream:
             self._cursor += 1
             result = self._resident.result(self._cursor, replayed=self._cursor <= self._replayed_seq)
             if result is not None:
+                failpoints.reach("trainer.result")
                 yield Response(result=result)
 
     async def _read(self, requests: AsyncIterator[Request]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Final
 from treadle import names
 from treadle.errors import TreadleError, make_error
 from treadle.v1 import admin_pb2, types_pb2
+from treadle_service import failpoints
 from treadle_service.logs import get_logger
 from treadle_service.registration import Registration
 from treadle_trainer.adapters import Adapters
@@ -120,6 +121,10 @@ class Trainer:
         if leaving is not None:
             await asyncio.shield(leaving)
         resident = self._residents.get(name)
+        if resident is not None and resident.lease_until <= time.monotonic():
+            # After a long pause the run may be somebody else's: its owner must not be shown an old state of it.
+            await self._renew()
+            resident = self._residents.get(name)
         if resident is not None and resident.closed is None:
             resident.last_used = time.monotonic()
             return resident
@@ -152,9 +157,11 @@ class Trainer:
     async def drain(self) -> None:
         """Hands all runs over: finishes what runs, snapshots, releases, and tells the store that this worker goes."""
         self.draining = True
-        error = make_error("DRAINING", "the trainer is about to stop; connect again and go on", 0.2)
-        await asyncio.gather(*(self.evict(name, error) for name in list(self._residents)))
+        error = make_error("DRAINING", "the trainer is about to stop; connect again and go on", 0.0)
+        # Off the list first: who is told to connect again must not be sent here.
         await self.registration.end()
+        await asyncio.gather(*self._loading.values(), return_exceptions=True)
+        await asyncio.gather(*(self.evict(name, error) for name in list(self._residents)))
 
     @property
     def queue_depth(self) -> int:
@@ -171,12 +178,15 @@ class Trainer:
 
     async def _load(self, name: str) -> Resident:
         await self._make_room()
-        claim = await self._store.claim(name, self.settings.worker, self.address, self.settings.lease_seconds)
+        asked = time.monotonic()
+        with failpoints.around("trainer.claim"):
+            claim = await self._store.claim(name, self.settings.worker, self.address, self.settings.lease_seconds)
         try:
             num_bytes = self._state_bytes(lora_config(claim.run.lora))
             await self._residency.make_room(name, num_bytes)
             resident = await self._recovery.load(name, claim)
             resident.state_bytes = num_bytes
+            resident.lease_until = asked + self.settings.lease_seconds
         except TreadleError:
             # Somebody else may be able to; nobody must wait for the lease to expire.
             with suppress(TreadleError):
@@ -205,14 +215,13 @@ class Trainer:
         except TreadleError as lost:
             log.warning("hand_over_failed", run=resident.name, reason=lost.reason)
         await self._close(resident, error)
-        with suppress(TreadleError):
+        failpoints.reach("trainer.leaving")
+        with suppress(TreadleError), failpoints.around("trainer.release"):
             await self._store.release(resident.name, resident.facts.epoch)
         log.info("run_left", run=resident.name, epoch=resident.facts.epoch, reason=error.reason)
 
     async def _close(self, resident: Resident, error: TreadleError) -> None:
         """Drops a run from memory; what it had not written stays unwritten."""
-        if resident.closed is not None:
-            return
         resident.close(error)
         self._writer.close(resident.name)
         self._loop.remove(resident.name)
@@ -229,7 +238,10 @@ class Trainer:
             error = make_error(
                 "WORKER_LOST", f"{resident.name} is on another trainer now; connect again and go on", 0.2
             )
-        if resident.name not in self._leaving:
+        if resident.name in self._leaving:
+            # The hand-over under way must not wait for writes that nobody will make any more.
+            resident.close(error)
+        else:
             task = self._leaving[resident.name] = asyncio.create_task(self._close(resident, error))
             task.add_done_callback(lambda _: self._leaving.pop(resident.name, None))
 
@@ -249,16 +261,20 @@ class Trainer:
     async def _keep_leases(self) -> None:
         while True:
             await asyncio.sleep(self.settings.lease_seconds / 3)
-            asked = {name: resident.facts.epoch for name, resident in self._residents.items()}
             try:
-                held = await self._store.renew(self.settings.worker, self.settings.lease_seconds)
+                await self._renew()
             except TreadleError as error:
                 log.warning("renewal_failed", reason=error.reason, message=error.message)
-                continue
-            for name, epoch in asked.items():
-                resident = self._residents.get(name)
-                if resident is not None and resident.facts.epoch == epoch and held.get(name) != epoch:
-                    self._lose(resident, "STALE_LEASE")
+
+    async def _renew(self) -> None:
+        """Extends the leases, and drops the runs whose lease is not held any more; raises what the store answers."""
+        asked, until = self.residents, time.monotonic() + self.settings.lease_seconds
+        held = await self._store.renew(self.settings.worker, self.settings.lease_seconds)
+        for resident in asked:
+            if held.get(resident.name) == resident.facts.epoch:
+                resident.lease_until = until
+            elif resident.closed is None:
+                self._lose(resident, "STALE_LEASE")
 
     async def _tidy(self) -> None:
         """Parks runs that were not used for a moment, and hands back those that nobody wants any more."""
