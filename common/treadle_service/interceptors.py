@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from treadle.errors import TreadleError, make_error, to_status
@@ -89,25 +90,44 @@ class InternalAuthInterceptor(WrappingInterceptor):
 def _wrap(handler: Handler, details: grpc.HandlerCallDetails, interceptor: WrappingInterceptor) -> Handler:
     behaviour, make = _behaviour(handler)
     streams_out = handler.response_streaming
+    parse = handler.request_deserializer or bytes
+    read = _read_all if handler.request_streaming else _read
 
     async def unary(request: Any, context: Context) -> Any:
         async with _answering(context, details.method) as call:
             await interceptor.before(details)
             interceptor.entered(details, call)
-            return await behaviour(request, context)
+            return await behaviour(read(parse, request), context)
 
     async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
         async with _answering(context, details.method) as call:
             await interceptor.before(details)
             interceptor.entered(details, call)
-            async for response in behaviour(request, context):
+            async for response in behaviour(read(parse, request), context):
                 yield response
 
     return make(
         stream if streams_out else unary,
-        request_deserializer=handler.request_deserializer,
+        # Parsed in here: gRPC's own answer to bytes that are no message looks like that of a server that broke.
+        request_deserializer=None,
         response_serializer=handler.response_serializer,
     )
+
+
+def _read(parse: Callable[[bytes], Any], data: bytes) -> Any:
+    try:
+        return parse(data)
+    except DecodeError as error:
+        raise make_error("BAD_VALUE", "the bytes of the request are not those of its message") from error
+
+
+async def _read_all(parse: Callable[[bytes], Any], frames: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for frame in frames:
+        try:
+            message = parse(frame)
+        except DecodeError as error:
+            raise make_error("BAD_FRAME", "the bytes of a frame are not those of its message") from error
+        yield message
 
 
 def _behaviour(handler: Handler) -> tuple[Any, Callable[..., Handler]]:

@@ -5,6 +5,7 @@ nothing of the faults.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -143,3 +144,15 @@ class User:
                 self._life.set_result(self.loop(service, self.seed, self._steps()))
         except Exception as error:  # noqa: BLE001  The thread's outermost guard: `finish` raises it.
             self._life.set_exception(error)
+
+
+def wait_for_steps(users: list[User], more: int) -> None:
+    """Waits until each user has begun so many more steps; raises what ended one of them before."""
+    goals = [user.num_steps + more for user in users]
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while any(user.num_steps < goal for user, goal in zip(users, goals, strict=True)):
+        for user in users:
+            if user.ended:
+                user.finish()
+        assert time.monotonic() < deadline, [user.num_steps for user in users]
+        time.sleep(0.02)
