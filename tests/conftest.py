@@ -4,10 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support.cluster import Cluster
 from tests.support.postgres import PostgresServer
 from tests.support.s3 import S3Server
+
+# How long an example takes says nothing on a shared machine.
+settings.register_profile("treadle", deadline=None)
+settings.load_profile("treadle")
 
 
 @pytest.fixture(scope="session")
