@@ -7,7 +7,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("foundation", "service", "store", "training", "weights")
+NAMES = ("foundation", "rl", "service", "store", "training", "weights")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Final
 import google_crc32c
 
 from treadle.errors import TreadleError, make_error
+from treadle_service import blob_delta
 from treadle_store.blobs import BlobStore, BlobWriter, blob_not_found
 
 CHUNK_BYTES: Final = 2**20
@@ -56,6 +57,17 @@ async def read_chunks(blobs: BlobStore, sha256: str, offset: int) -> AsyncIterat
         offset += len(data)
 
 
+async def read_differences(blobs: BlobStore, sha256: str, base_sha256: str) -> AsyncIterator[tuple[bytes, int]]:
+    """Yields a blob as differences to another of the same length, chunk by chunk, with their crc32c."""
+    offset = 0
+    while True:
+        data, delta, crc32c = await asyncio.to_thread(_read_difference, blobs, sha256, base_sha256, offset)
+        if not data:
+            return
+        yield delta, crc32c
+        offset += data
+
+
 async def require_blob(blobs: BlobStore, sha256: str, size: int | None = None) -> None:
     """Keeps a blob that a row is about to name; raises BLOB_NOT_FOUND unless it is there, with this length if given."""
     found = await asyncio.to_thread(blobs.keep, sha256)
@@ -73,3 +85,10 @@ def _write_checked(writer: BlobWriter, data: bytes, crc32c: int) -> None:
 def _read_summed(blobs: BlobStore, sha256: str, offset: int) -> tuple[bytes, int]:
     data = blobs.read(sha256, offset, CHUNK_BYTES)
     return data, google_crc32c.value(data)
+
+
+def _read_difference(blobs: BlobStore, sha256: str, base_sha256: str, offset: int) -> tuple[int, bytes, int]:
+    """Returns how many bytes of the blob a difference covers, the difference, and its crc32c."""
+    data, base = blobs.read(sha256, offset, CHUNK_BYTES), blobs.read(base_sha256, offset, CHUNK_BYTES)
+    delta = blob_delta.encode(base, data)
+    return len(data), delta, google_crc32c.value(delta)

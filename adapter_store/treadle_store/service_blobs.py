@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from treadle.errors import make_error
 from treadle.internal.v1 import blobs_pb2, blobs_pb2_grpc
 from treadle_service import failpoints
-from treadle_store.blob_io import hearing_out, read_chunks, write_chunk
+from treadle_store.blob_io import hearing_out, read_chunks, read_differences, write_chunk
 from treadle_store.blobs import BlobStore, blob_not_found
 
 
@@ -43,8 +43,14 @@ class BlobService(blobs_pb2_grpc.BlobServiceServicer):
             raise blob_not_found(request.sha256)
         if request.offset > size:
             raise make_error("BAD_VALUE", f"offset {request.offset} lies behind the blob's {size} bytes")
-        yield blobs_pb2.GetBlobResponse(header=blobs_pb2.BlobHeader(sha256=request.sha256, size=size))
-        async for data, crc32c in read_chunks(self._blobs, request.sha256, request.offset):
+        header = blobs_pb2.BlobHeader(sha256=request.sha256, size=size)
+        chunks = read_chunks(self._blobs, request.sha256, request.offset)
+        base = request.base_sha256
+        if base and not request.offset and await asyncio.to_thread(self._blobs.size_of, base) == size:
+            header.base_sha256 = base
+            chunks = read_differences(self._blobs, request.sha256, base)
+        yield blobs_pb2.GetBlobResponse(header=header)
+        async for data, crc32c in chunks:
             yield blobs_pb2.GetBlobResponse(chunk=blobs_pb2.BlobChunk(data=data, crc32c=crc32c))
 
     async def StatBlob(self, request: blobs_pb2.StatBlobRequest, context: object) -> blobs_pb2.StatBlobResponse:

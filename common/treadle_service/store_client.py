@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -28,6 +29,7 @@ from treadle.internal.v1 import (
     workers_pb2_grpc,
 )
 from treadle.v1 import adapters_pb2
+from treadle_service import blob_delta
 from treadle_service.channels import internal_metadata, open_channel
 from treadle_service.logs import get_logger
 
@@ -43,12 +45,22 @@ T = TypeVar("T")
 log = get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class KnownBlob:
+    """A blob that the caller has."""
+
+    sha256: str
+    content: bytes
+
+
 class StoreClient:
     """Calls to one adapter store over two channels: one for short calls, one for blobs."""
 
     def __init__(self, address: str, token: str, shared_blobs: Path | None = None) -> None:
         """`shared_blobs` is the store's blob folder, if this process reaches it."""
         self._shared_blobs = shared_blobs
+        self.num_received_bytes = 0
+        """Bytes of blobs that came over the wire."""
         self._channel, self._blob_channel = open_channel(address), open_channel(address)
         self._metadata = internal_metadata(token)
         self._journal = journal_pb2_grpc.JournalServiceStub(self._channel)
@@ -112,9 +124,12 @@ class StoreClient:
         await self._retried(put)
         return sha256
 
-    async def get_blob(self, sha256: str) -> bytes:
-        """Returns the bytes of an address; BLOB_NOT_FOUND, CHECKSUM_MISMATCH."""
-        data = await self._retried(lambda: self._read_blob(sha256))
+    async def get_blob(self, sha256: str, base: KnownBlob | None = None) -> bytes:
+        """Returns the bytes of an address, sent as differences to `base` if there is one and the store has it.
+
+        Raises BLOB_NOT_FOUND, CHECKSUM_MISMATCH.
+        """
+        data = await self._retried(lambda: self._read_blob(sha256, base))
         found = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
         if found != sha256:
             raise make_error("CHECKSUM_MISMATCH", f"blob {sha256} arrived with the sha256 {found}")
@@ -145,8 +160,10 @@ class StoreClient:
             finally:
                 path.unlink(missing_ok=True)
 
-    async def get_file(self, sha256: str, *, verify: bool = True) -> bytes | Path:
-        """Returns a blob's bytes or, in a shared folder, where they lie; BLOB_NOT_FOUND, CHECKSUM_MISMATCH.
+    async def get_file(
+        self, sha256: str, base: KnownBlob | None = None, *, verify: bool = True
+    ) -> bytes | Path:
+        """Returns where a blob lies, in a shared folder, else its bytes as `get_blob` does.
 
         Without `verify` the content of a file is left to the caller to check.
         """
@@ -154,22 +171,31 @@ class StoreClient:
             path = self._shared_blobs / sha256[:2] / sha256[2:]
             if await asyncio.to_thread(_holds, path, sha256) if verify else path.is_file():
                 return path
-        return await self.get_blob(sha256)
+        return await self.get_blob(sha256, base)
 
     async def _has_blob(self, sha256: str) -> bool:
         request = blobs_pb2.StatBlobRequest(sha256=sha256)
         response: blobs_pb2.StatBlobResponse = await self._unary(self._blobs.StatBlob, request)
         return response.complete
 
-    async def _read_blob(self, sha256: str) -> bytes:
-        data = bytearray()
+    async def _read_blob(self, sha256: str, base: KnownBlob | None) -> bytes:
+        data, differs = bytearray(), False
         try:
-            request = blobs_pb2.GetBlobRequest(sha256=sha256)
+            request = blobs_pb2.GetBlobRequest(sha256=sha256, base_sha256=base.sha256 if base else "")
             async for frame in self._blobs.GetBlob(request, metadata=self._metadata, timeout=BLOB_SECONDS):
+                if not frame.HasField("chunk"):
+                    differs = bool(frame.header.base_sha256)
+                    continue
                 piece = frame.chunk.data
-                if frame.HasField("chunk") and google_crc32c.value(piece) != frame.chunk.crc32c:
+                self.num_received_bytes += len(piece)
+                if google_crc32c.value(piece) != frame.chunk.crc32c:
                     raise make_error("CHECKSUM_MISMATCH", f"a chunk of blob {sha256} was damaged on its way")
+                if differs and base is not None:
+                    known = base.content[len(data) : len(data) + CHUNK_BYTES]
+                    piece = await asyncio.to_thread(blob_delta.decode, known, piece)
                 data += piece
+        except ValueError as error:
+            raise make_error("CHECKSUM_MISMATCH", f"a difference of blob {sha256} does not fit: {error}") from error
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
         return bytes(data)

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -19,6 +20,7 @@ from treadle_engine.decode import Decoder
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.decode_requests import DecodeEvent, FailedEvent, SampleRequest
 from treadle_engine.errors import EngineError
+from treadle_sampler.trace import DecodeStep, StepTrace
 from treadle_service.logs import get_logger
 
 T = TypeVar("T")
@@ -51,6 +53,7 @@ class EngineLoop:
         """Take at most `max_requests` at once; `start` begins."""
         self.load = EngineLoad()
         self.num_requests = 0
+        self.trace = StepTrace()
         self._max_requests = max_requests
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._decoder: Decoder | None = None
@@ -136,6 +139,8 @@ class EngineLoop:
                 self._step(self._decoder)
 
     def _step(self, decoder: Decoder) -> None:
+        started, began = time.time(), time.monotonic()
+        num_sequences, num_tokens = decoder.num_active, decoder.num_tokens
         try:
             events = decoder.step()
         except Exception as error:  # The thread's outermost guard: what breaks a step must not end the thread.
@@ -144,6 +149,8 @@ class EngineLoop:
             for number in list(self._subscriptions):
                 decoder.cancel(number)
                 events.append(FailedEvent(number, EngineError("INTERNAL", "a decoding step failed; its log says why")))
+        took = time.monotonic() - began
+        self.trace.add(DecodeStep(started, took, num_sequences, decoder.num_tokens - num_tokens))
         self._report()
         self._deliver(events)
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections import OrderedDict
+from pathlib import Path
 
 from treadle.errors import TreadleError, make_error
+from treadle.names import parse_adapter
 from treadle.v1 import adapters_pb2
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.errors import EngineError
@@ -17,17 +19,18 @@ from treadle_engine.lora import AdapterWeights
 from treadle_engine.peft_format import CONFIG_FILE, WEIGHTS_FILE, from_files
 from treadle_sampler.adapter_cache import Found
 from treadle_service.logs import get_logger
-from treadle_service.store_client import StoreClient
+from treadle_service.store_client import KnownBlob, StoreClient
 
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
 class StoreSource:
-    """Revisions of one base."""
+    """Revisions of one base; keeps `delta_bytes` of their files to fetch the next ones as differences."""
 
-    store: StoreClient
-    base: DecodeBase
+    def __init__(self, store: StoreClient, base: DecodeBase, delta_bytes: int = 0) -> None:
+        self.store, self.base = store, base
+        self._delta_bytes = delta_bytes
+        self._kept: OrderedDict[str, KnownBlob] = OrderedDict()
 
     async def lookup(self, name: str) -> Found:
         """Returns the revision's files; MODEL_NOT_FOUND when there is no such revision of this base."""
@@ -45,7 +48,8 @@ class StoreSource:
     async def load(self, found: Found) -> AdapterWeights:
         """Fetches and reads a revision; CHECKSUM_MISMATCH, BAD_ADAPTER_FILE, INCOMPATIBLE_ADAPTER."""
         started = time.monotonic()
-        contents = await asyncio.gather(*(self.store.get_file(sha256) for _, sha256 in found.files))
+        received = self.store.num_received_bytes
+        contents = await asyncio.gather(*(self._fetch(found.name, path, sha256) for path, sha256 in found.files))
         fetched = time.monotonic()
         files = {path: content for (path, _), content in zip(found.files, contents, strict=True)}
         try:
@@ -56,10 +60,32 @@ class StoreSource:
             "revision_loaded",
             name=found.name,
             num_bytes=weights.num_bytes,
+            received_bytes=self.store.num_received_bytes - received,
             fetch_seconds=fetched - started,
             read_seconds=time.monotonic() - fetched,
         )
         return weights
+
+    async def _fetch(self, name: str, path: str, sha256: str) -> bytes | Path:
+        if path != WEIGHTS_FILE or not self._delta_bytes:
+            return await self.store.get_file(sha256)
+        run = str(parse_adapter(name).run_name)
+        known = self._kept.get(run)
+        try:
+            content = await self.store.get_file(sha256, known)
+        except TreadleError as error:
+            if known is None or error.reason != "CHECKSUM_MISMATCH":
+                raise
+            content = await self.store.get_file(sha256)
+        if isinstance(content, bytes):
+            self._keep(run, KnownBlob(sha256, content))
+        return content
+
+    def _keep(self, run: str, known: KnownBlob) -> None:
+        self._kept[run] = known
+        self._kept.move_to_end(run)
+        while self._kept and sum(len(kept.content) for kept in self._kept.values()) > self._delta_bytes:
+            self._kept.popitem(last=False)
 
 
 def found_from(adapter: adapters_pb2.Adapter) -> Found:

@@ -44,7 +44,7 @@ class Sampler:
         worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_SAMPLER, address=address)
         self.registration = Registration(store, worker, base.info, settings.heartbeat_seconds, self._load_now)
         self.cache: AdapterCache[AdapterWeights] = AdapterCache(
-            StoreSource(store, base),
+            StoreSource(store, base, settings.delta_bytes),
             time.monotonic,
             max_entries=settings.max_cached_adapters,
             max_bytes=settings.max_cached_bytes,

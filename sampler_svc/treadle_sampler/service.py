@@ -23,6 +23,7 @@ from treadle_sampler.sampler import Sampler
 from treadle_service.principal import current_principal
 
 Context = grpc.aio.ServicerContext[Any, Any]  # Message types follow from the method.
+_LISTED_STEPS: Final = 1000
 _STOPS: Final = {
     None: sampling_pb2.STOP_REASON_UNSPECIFIED,
     "stop": sampling_pb2.STOP_REASON_STOP,
@@ -140,13 +141,27 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         current_principal().require("internal")
         sampler = self._slot.get()
         load = sampler.engine.load
-        return sampler_pb2.GetSamplerStatusResponse(
+        response = sampler_pb2.GetSamplerStatusResponse(
             cached_revisions=sampler.cache.names,
             active_sequences=load.num_active,
             waiting_sequences=load.num_waiting,
             num_steps=load.num_steps,
             num_tokens=load.num_tokens,
         )
+        response.busy.FromNanoseconds(int(sampler.engine.trace.busy_seconds * 1e9))
+        return response
+
+    async def ListDecodeSteps(
+        self, request: sampler_pb2.ListDecodeStepsRequest, context: Context
+    ) -> sampler_pb2.ListDecodeStepsResponse:
+        """Answers the last steps."""
+        current_principal().require("internal")
+        response = sampler_pb2.ListDecodeStepsResponse()
+        for step in self._slot.get().engine.trace.last(request.limit or _LISTED_STEPS):
+            listed = response.steps.add(num_sequences=step.num_sequences, num_tokens=step.num_tokens)
+            listed.started.FromNanoseconds(int(step.started * 1e9))
+            listed.took.FromNanoseconds(int(step.took * 1e9))
+        return response
 
     async def PrefetchRevision(
         self, request: sampler_pb2.PrefetchRevisionRequest, context: Context

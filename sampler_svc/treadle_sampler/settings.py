@@ -33,6 +33,12 @@ class SamplerSettings(WorkerSettings):
     max_prefetched_bytes: int = Field(
         2**30, ge=0, description="bytes of revisions that were fetched ahead and not asked for yet"
     )
+    delta_bytes: int = Field(
+        0,
+        ge=0,
+        description="bytes of files kept so that only the differences of a run's next revision are sent; for links of "
+        "less than about 2 Gbit/s; 0: whole files are sent",
+    )
     lookup_seconds: float = Field(
         10.0, ge=0, description="how long a cached revision is used before the store is asked whether it is still there"
     )

@@ -66,6 +66,7 @@ class Bench:
     """A client of one store and one sampler."""
 
     def __init__(self, store: str, sampler: str) -> None:
+        self.store_address = store
         self.store_channel, self._sampler = open_channel(store), open_channel(sampler)
         self.journal = journal_pb2_grpc.JournalServiceStub(self.store_channel)
         self.blobs = blobs_pb2_grpc.BlobServiceStub(self.store_channel)
@@ -81,13 +82,21 @@ class Bench:
 
     async def publish(self, base: DecodeBase, weights: AdapterWeights, revision: str, tenant: str = "acme") -> str:
         """Store a revision of a new run as a trainer would, and return its name."""
-        run = training_pb2.CreateRunRequest(base=PIP_NAME, lora=types_pb2.LoraConfig(rank=weights.config.rank))
+        return await self.save(await self.new_run(weights.config.rank, tenant), base, weights, revision)
+
+    async def new_run(self, rank: int, tenant: str = "acme") -> str:
+        """Register a run and return its name."""
+        run = training_pb2.CreateRunRequest(base=PIP_NAME, lora=types_pb2.LoraConfig(rank=rank))
         register = journal_pb2.RegisterRunRequest(tenant=tenant, run=run)
-        name = (await self.journal.RegisterRun(register, metadata=self.internal)).run.name
+        return (await self.journal.RegisterRun(register, metadata=self.internal)).run.name
+
+    async def save(self, name: str, base: DecodeBase, weights: AdapterWeights, revision: str) -> str:
+        """Store a revision of a run as a trainer would, and return its name."""
+        lora = types_pb2.LoraConfig(rank=weights.config.rank)
         claim = journal_pb2.ClaimRunRequest(run=name, holder="t", address="127.0.0.1:1")
         claim.ttl.FromSeconds(60)
         epoch = (await self.journal.ClaimRun(claim, metadata=self.internal)).lease.epoch
-        adapter = adapters_pb2.Adapter(name=f"{name}/revisions/{revision}", base=PIP_NAME, lora=run.lora)
+        adapter = adapters_pb2.Adapter(name=f"{name}/revisions/{revision}", base=PIP_NAME, lora=lora)
         adapter.created.GetCurrentTime()
         for path, content in to_files(base, weights).items():
             sha256 = hashlib.sha256(content).hexdigest()

@@ -9,13 +9,15 @@ import torch
 
 from tests.sampler.conftest import make_prompt
 from tests.sampler.driving import run
-from tests.sampler.harness import Bench, ask, serving, tokens_of
+from tests.sampler.harness import TOKEN, Bench, ask, serving, tokens_of
 from treadle.v1 import adapters_pb2, adapters_pb2_grpc
 from treadle_engine.decode import Decoder
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.decode_requests import SampleRequest
 from treadle_engine.lora import AdapterWeights, LoraConfig
 from treadle_engine.sampling_params import SamplingParams
+from treadle_sampler.revision_source import StoreSource
+from treadle_service.store_client import StoreClient
 
 
 def make_weights(base: DecodeBase, seed: int, rank: int = 2) -> AdapterWeights:
@@ -128,3 +130,24 @@ async def test_hundreds_of_revisions_on_one_sampler(tmp_path: Path, base: Decode
         for index in range(0, 300, 30):
             assert tokens_of(responses[index]) == [expected_tokens(base, weights[index], 2)]
         assert len({tuple(tokens_of(response)[0]) for response in responses}) > 30
+
+
+async def test_the_next_revision_of_a_run_comes_as_differences(tmp_path: Path, base: DecodeBase) -> None:
+    """With files kept, weights that moved a little cost a part of their bytes and arrive bit for bit."""
+    first = make_weights(base, seed=1, rank=8)
+    second = make_weights(base, seed=1, rank=8)
+    second.flat[: len(second.flat) // 8].mul_(1.001)
+    second.refresh()
+    async with serving(tmp_path, prefetch="off") as bench:
+        run_name = await bench.new_run(8)
+        models = [await bench.save(run_name, base, one, f"v{n}") for n, one in enumerate((first, second))]
+        client = StoreClient(bench.store_address, TOKEN)
+        source = StoreSource(client, base, 2**26)
+        received = []
+        for model, weights in zip(models, (first, second), strict=True):
+            before = client.num_received_bytes
+            loaded = await source.load(await source.lookup(model))
+            received.append(client.num_received_bytes - before)
+            assert torch.equal(loaded.flat, weights.flat)
+        await client.close()
+    assert received[1] < received[0] / 4

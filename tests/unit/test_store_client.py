@@ -2,14 +2,19 @@
 
 import hashlib
 import os
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from treadle.errors import TreadleError
+from treadle_service import blob_delta
 from treadle_service.server import serve_in_process
-from treadle_service.store_client import StoreClient
+from treadle_service.store_client import KnownBlob, StoreClient
 from treadle_store.__main__ import build, make_interceptors
 from treadle_store.settings import StoreSettings
 
@@ -64,6 +69,43 @@ async def test_a_damaged_file_is_not_taken_for_the_blob(tmp_path: Path) -> None:
     async with connected(tmp_path / "data", shared) as client:
         await client.put_blob(CONTENT)
         assert await client.get_file(ADDRESS) == CONTENT
+
+
+@pytest.mark.parametrize("known_here", [True, False])
+async def test_differences_travel_instead_of_the_whole(tmp_path: Path, known_here: bool) -> None:
+    """Where the store has what the caller has, unchanged bytes cost nothing; where not, the whole comes."""
+    changed = bytearray(CONTENT)
+    changed[2**20 : 2**20 + 1000] = os.urandom(1000)
+    async with connected(tmp_path, None) as client:
+        if known_here:
+            await client.put_blob(CONTENT)
+        address = await client.put_blob(bytes(changed))
+        assert await client.get_blob(address, KnownBlob(ADDRESS, CONTENT)) == bytes(changed)
+        received = client.num_received_bytes
+        assert received < 10_000 if known_here else received == len(CONTENT)
+
+
+async def test_a_caller_with_another_content_than_it_says_is_told(tmp_path: Path) -> None:
+    """The sha256 of the whole decides, as always."""
+    async with connected(tmp_path, None) as client:
+        await client.put_blob(CONTENT)
+        address = await client.put_blob(CONTENT[::-1])
+        with pytest.raises(TreadleError, match="CHECKSUM_MISMATCH"):
+            await client.get_blob(address, KnownBlob(ADDRESS, CONTENT[:-1] + b"?"))
+
+
+@given(st.binary(max_size=70), st.integers(0, 2**32 - 1))
+def test_a_difference_brings_back_every_content(content: bytes, seed: int) -> None:
+    """Of any length, also none."""
+    base = random.Random(seed).randbytes(len(content))
+    assert blob_delta.decode(base, blob_delta.encode(base, content)) == content
+
+
+def test_what_is_no_difference_is_refused() -> None:
+    """Garbage, and one that was made for another length."""
+    for delta in (b"garbage", blob_delta.encode(b"12345", b"abcde")):
+        with pytest.raises(ValueError, match="difference"):
+            blob_delta.decode(b"123456", delta)
 
 
 @pytest.mark.parametrize("shared", [None, Path("/nonexistent")])

@@ -16,7 +16,15 @@ from treadle.futures import Handle
 from treadle.recipes.chat import ChatTokenizer, policy_datum
 from treadle.sampling import SamplingClient
 from treadle.training import TrainingClient
-from treadle.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, SampleResponse, SamplingParams
+from treadle.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    ModelInput,
+    OptimStepResponse,
+    SampleResponse,
+    SamplingParams,
+)
 
 Reward = Callable[[str, str], float]
 """reward(prompt, completion) -> a number."""
@@ -83,6 +91,7 @@ def rl_steps(
     group_size: int,
     params: SamplingParams,
     learning_rate: float,
+    ahead: int = 0,
 ) -> Iterator[StepReport]:
     """Trains on its own samples: publish, sample a group per prompt, score, advantage = reward - group mean, step.
 
@@ -95,44 +104,73 @@ def rl_steps(
         group_size: samples per prompt.
         params: how to draw; its seed, if any, is offset by the step.
         learning_rate: Adam's.
+        ahead: steps whose samples are drawn before the weights that they train are there: 0 samples each step from the
+            newest weights; 1 lets sampler and trainer work at the same time, on samples that are one step old, which
+            the loss corrects for by the ratio of the log-probs.
     """
     mark = time.monotonic()
+    sampler = training.save_weights_and_get_sampling_client()
+    asked: deque[_Asked] = deque()
+    stepped: Handle[OptimStepResponse] | None = None
     for step in range(steps):
-        batch = prompts(step)
-        sampler = training.save_weights_and_get_sampling_client()
-        answers = _sample_groups(sampler, batch, group_size, params, step)
-        data: list[Datum] = []
-        rewards: list[float] = []
-        for (text, tokens), answer in zip(batch, answers, strict=True):
-            scores = [reward(text, completion_text(tokenizer, s.tokens)) for s in answer.sequences]
-            rewards += scores
-            mean = fmean(scores)
-            data += [
-                policy_datum(tokens, s.tokens, s.logprobs, score - mean)
-                for s, score in zip(answer.sequences, scores, strict=True)
-                if score != mean
-            ]
+        for coming in range(step + len(asked), min(step + 1 + ahead, steps)):
+            asked.append(_ask_groups(sampler, prompts(coming), group_size, params, coming))
+        batch, answers = asked.popleft()
+        data, rewards = _scored(batch, [answer.result() for answer in answers], tokenizer, reward)
+        before = stepped
         if data:
             training.forward_backward(data, "importance_sampling")
-            training.optim_step(AdamParams(learning_rate=learning_rate, eps=1e-8)).result()
+            stepped = training.optim_step(AdamParams(learning_rate=learning_rate, eps=1e-8))
+            if step + 1 + len(asked) < steps:
+                sampler = training.save_weights_and_get_sampling_client()
+        # The step before has an answer by now or soon, and the next is queued behind it: nobody idles for this wait.
+        if before is not None:
+            before.result()
         now = time.monotonic()
         yield StepReport(step + 1, fmean(rewards), _num_tokens(data), now - mark)
         mark = now
+    if stepped is not None:
+        stepped.result()
+
+
+_Asked = tuple[Sequence[tuple[str, Sequence[int]]], list[Handle[SampleResponse]]]
+"""Prompts and what was asked for them."""
+
+
+def _ask_groups(
+    sampler: SamplingClient, batch: Sequence[tuple[str, Sequence[int]]], size: int, params: SamplingParams, step: int
+) -> _Asked:
+    handles: list[Handle[SampleResponse]] = []
+    for index, (_, tokens) in enumerate(batch):
+        own = params if params.seed is None else replace(params, seed=params.seed + 1000 * step + index)
+        handles.append(sampler.sample(ModelInput.from_ints(list(tokens)), size, own))
+    return batch, handles
+
+
+def _scored(
+    batch: Sequence[tuple[str, Sequence[int]]],
+    answers: Sequence[SampleResponse],
+    tokenizer: ChatTokenizer,
+    reward: Reward,
+) -> tuple[list[Datum], list[float]]:
+    """Returns the data to learn from, and all rewards; a group whose rewards are equal teaches nothing."""
+    data: list[Datum] = []
+    rewards: list[float] = []
+    for (text, tokens), answer in zip(batch, answers, strict=True):
+        scores = [reward(text, completion_text(tokenizer, s.tokens)) for s in answer.sequences]
+        rewards += scores
+        mean = fmean(scores)
+        data += [
+            policy_datum(tokens, s.tokens, s.logprobs, score - mean)
+            for s, score in zip(answer.sequences, scores, strict=True)
+            if score != mean
+        ]
+    return data, rewards
 
 
 def completion_text(tokenizer: ChatTokenizer, tokens: Sequence[int]) -> str:
     """Returns a sample's text without special tokens and surrounding space."""
     return tokenizer.decode(tokens, skip_special_tokens=True).strip()
-
-
-def _sample_groups(
-    sampler: SamplingClient, batch: Sequence[tuple[str, Sequence[int]]], size: int, params: SamplingParams, step: int
-) -> list[SampleResponse]:
-    handles: list[Handle[SampleResponse]] = []
-    for index, (_, tokens) in enumerate(batch):
-        own = params if params.seed is None else replace(params, seed=params.seed + 1000 * step + index)
-        handles.append(sampler.sample(ModelInput.from_ints(list(tokens)), size, own))
-    return [handle.result() for handle in handles]
 
 
 def _num_tokens(batch: Sequence[Datum]) -> int:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftreadle/internal/v1/blobs.proto\x12\x13treadle.internal.v1\"*\n\nBlobHeader\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\")\n\tBlobChunk\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"}\n\x0ePutBlobRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.treadle.internal.v1.BlobHeaderH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.treadle.internal.v1.BlobChunkH\x00\x42\x07\n\x05\x66rame\"\"\n\x0fPutBlobResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"0\n\x0eGetBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"~\n\x0fGetBlobResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.treadle.internal.v1.BlobHeaderH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.treadle.internal.v1.BlobChunkH\x00\x42\x07\n\x05\x66rame\"!\n\x0fStatBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"2\n\x10StatBlobResponse\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x0c\n\x04size\x18\x02 \x01(\x04\".\n\x10\x41\x64optBlobRequest\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"#\n\x11\x41\x64optBlobResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t2\xf2\x02\n\x0b\x42lobService\x12V\n\x07PutBlob\x12#.treadle.internal.v1.PutBlobRequest\x1a$.treadle.internal.v1.PutBlobResponse(\x01\x12V\n\x07GetBlob\x12#.treadle.internal.v1.GetBlobRequest\x1a$.treadle.internal.v1.GetBlobResponse0\x01\x12W\n\x08StatBlob\x12$.treadle.internal.v1.StatBlobRequest\x1a%.treadle.internal.v1.StatBlobResponse\x12Z\n\tAdoptBlob\x12%.treadle.internal.v1.AdoptBlobRequest\x1a&.treadle.internal.v1.AdoptBlobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftreadle/internal/v1/blobs.proto\x12\x13treadle.internal.v1\"?\n\nBlobHeader\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x13\n\x0b\x62\x61se_sha256\x18\x03 \x01(\t\")\n\tBlobChunk\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"}\n\x0ePutBlobRequest\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.treadle.internal.v1.BlobHeaderH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.treadle.internal.v1.BlobChunkH\x00\x42\x07\n\x05\x66rame\"\"\n\x0fPutBlobResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"E\n\x0eGetBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x13\n\x0b\x62\x61se_sha256\x18\x03 \x01(\t\"~\n\x0fGetBlobResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32\x1f.treadle.internal.v1.BlobHeaderH\x00\x12/\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1e.treadle.internal.v1.BlobChunkH\x00\x42\x07\n\x05\x66rame\"!\n\x0fStatBlobRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"2\n\x10StatBlobResponse\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x0c\n\x04size\x18\x02 \x01(\x04\".\n\x10\x41\x64optBlobRequest\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"#\n\x11\x41\x64optBlobResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t2\xf2\x02\n\x0b\x42lobService\x12V\n\x07PutBlob\x12#.treadle.internal.v1.PutBlobRequest\x1a$.treadle.internal.v1.PutBlobResponse(\x01\x12V\n\x07GetBlob\x12#.treadle.internal.v1.GetBlobRequest\x1a$.treadle.internal.v1.GetBlobResponse0\x01\x12W\n\x08StatBlob\x12$.treadle.internal.v1.StatBlobRequest\x1a%.treadle.internal.v1.StatBlobResponse\x12Z\n\tAdoptBlob\x12%.treadle.internal.v1.AdoptBlobRequest\x1a&.treadle.internal.v1.AdoptBlobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,25 +32,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'treadle.internal.v1.blobs_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_BLOBHEADER']._serialized_start=56
-  _globals['_BLOBHEADER']._serialized_end=98
-  _globals['_BLOBCHUNK']._serialized_start=100
-  _globals['_BLOBCHUNK']._serialized_end=141
-  _globals['_PUTBLOBREQUEST']._serialized_start=143
-  _globals['_PUTBLOBREQUEST']._serialized_end=268
-  _globals['_PUTBLOBRESPONSE']._serialized_start=270
-  _globals['_PUTBLOBRESPONSE']._serialized_end=304
-  _globals['_GETBLOBREQUEST']._serialized_start=306
-  _globals['_GETBLOBREQUEST']._serialized_end=354
-  _globals['_GETBLOBRESPONSE']._serialized_start=356
-  _globals['_GETBLOBRESPONSE']._serialized_end=482
-  _globals['_STATBLOBREQUEST']._serialized_start=484
-  _globals['_STATBLOBREQUEST']._serialized_end=517
-  _globals['_STATBLOBRESPONSE']._serialized_start=519
-  _globals['_STATBLOBRESPONSE']._serialized_end=569
-  _globals['_ADOPTBLOBREQUEST']._serialized_start=571
-  _globals['_ADOPTBLOBREQUEST']._serialized_end=617
-  _globals['_ADOPTBLOBRESPONSE']._serialized_start=619
-  _globals['_ADOPTBLOBRESPONSE']._serialized_end=654
-  _globals['_BLOBSERVICE']._serialized_start=657
-  _globals['_BLOBSERVICE']._serialized_end=1027
+  _globals['_BLOBHEADER']._serialized_end=119
+  _globals['_BLOBCHUNK']._serialized_start=121
+  _globals['_BLOBCHUNK']._serialized_end=162
+  _globals['_PUTBLOBREQUEST']._serialized_start=164
+  _globals['_PUTBLOBREQUEST']._serialized_end=289
+  _globals['_PUTBLOBRESPONSE']._serialized_start=291
+  _globals['_PUTBLOBRESPONSE']._serialized_end=325
+  _globals['_GETBLOBREQUEST']._serialized_start=327
+  _globals['_GETBLOBREQUEST']._serialized_end=396
+  _globals['_GETBLOBRESPONSE']._serialized_start=398
+  _globals['_GETBLOBRESPONSE']._serialized_end=524
+  _globals['_STATBLOBREQUEST']._serialized_start=526
+  _globals['_STATBLOBREQUEST']._serialized_end=559
+  _globals['_STATBLOBRESPONSE']._serialized_start=561
+  _globals['_STATBLOBRESPONSE']._serialized_end=611
+  _globals['_ADOPTBLOBREQUEST']._serialized_start=613
+  _globals['_ADOPTBLOBREQUEST']._serialized_end=659
+  _globals['_ADOPTBLOBRESPONSE']._serialized_start=661
+  _globals['_ADOPTBLOBRESPONSE']._serialized_end=696
+  _globals['_BLOBSERVICE']._serialized_start=699
+  _globals['_BLOBSERVICE']._serialized_end=1069
 # @@protoc_insertion_point(module_scope)

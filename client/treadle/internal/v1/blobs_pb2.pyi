@@ -6,12 +6,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class BlobHeader(_message.Message):
-    __slots__ = ("sha256", "size")
+    __slots__ = ("sha256", "size", "base_sha256")
     SHA256_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
+    BASE_SHA256_FIELD_NUMBER: _ClassVar[int]
     sha256: str
     size: int
-    def __init__(self, sha256: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+    base_sha256: str
+    def __init__(self, sha256: _Optional[str] = ..., size: _Optional[int] = ..., base_sha256: _Optional[str] = ...) -> None: ...
 
 class BlobChunk(_message.Message):
     __slots__ = ("crc32c", "data")
@@ -36,12 +38,14 @@ class PutBlobResponse(_message.Message):
     def __init__(self, existed: bool = ...) -> None: ...
 
 class GetBlobRequest(_message.Message):
-    __slots__ = ("sha256", "offset")
+    __slots__ = ("sha256", "offset", "base_sha256")
     SHA256_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    BASE_SHA256_FIELD_NUMBER: _ClassVar[int]
     sha256: str
     offset: int
-    def __init__(self, sha256: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    base_sha256: str
+    def __init__(self, sha256: _Optional[str] = ..., offset: _Optional[int] = ..., base_sha256: _Optional[str] = ...) -> None: ...
 
 class GetBlobResponse(_message.Message):
     __slots__ = ("header", "chunk")

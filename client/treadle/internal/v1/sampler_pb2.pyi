@@ -1,8 +1,12 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable
-from typing import ClassVar as _ClassVar, Optional as _Optional
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -11,18 +15,20 @@ class GetSamplerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetSamplerStatusResponse(_message.Message):
-    __slots__ = ("cached_revisions", "active_sequences", "waiting_sequences", "num_steps", "num_tokens")
+    __slots__ = ("cached_revisions", "active_sequences", "waiting_sequences", "num_steps", "num_tokens", "busy")
     CACHED_REVISIONS_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
     cached_revisions: _containers.RepeatedScalarFieldContainer[str]
     active_sequences: int
     waiting_sequences: int
     num_steps: int
     num_tokens: int
-    def __init__(self, cached_revisions: _Optional[_Iterable[str]] = ..., active_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+    busy: _duration_pb2.Duration
+    def __init__(self, cached_revisions: _Optional[_Iterable[str]] = ..., active_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., busy: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class PrefetchRevisionRequest(_message.Message):
     __slots__ = ("name",)
@@ -33,3 +39,27 @@ class PrefetchRevisionRequest(_message.Message):
 class PrefetchRevisionResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ListDecodeStepsRequest(_message.Message):
+    __slots__ = ("limit",)
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    limit: int
+    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+
+class DecodeStep(_message.Message):
+    __slots__ = ("started", "took", "num_sequences", "num_tokens")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    TOOK_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    started: _timestamp_pb2.Timestamp
+    took: _duration_pb2.Duration
+    num_sequences: int
+    num_tokens: int
+    def __init__(self, started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., took: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class ListDecodeStepsResponse(_message.Message):
+    __slots__ = ("steps",)
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedCompositeFieldContainer[DecodeStep]
+    def __init__(self, steps: _Optional[_Iterable[_Union[DecodeStep, _Mapping]]] = ...) -> None: ...

@@ -40,6 +40,11 @@ class SamplerServiceStub(object):
                 request_serializer=treadle_dot_internal_dot_v1_dot_sampler__pb2.GetSamplerStatusRequest.SerializeToString,
                 response_deserializer=treadle_dot_internal_dot_v1_dot_sampler__pb2.GetSamplerStatusResponse.FromString,
                 _registered_method=True)
+        self.ListDecodeSteps = channel.unary_unary(
+                '/treadle.internal.v1.SamplerService/ListDecodeSteps',
+                request_serializer=treadle_dot_internal_dot_v1_dot_sampler__pb2.ListDecodeStepsRequest.SerializeToString,
+                response_deserializer=treadle_dot_internal_dot_v1_dot_sampler__pb2.ListDecodeStepsResponse.FromString,
+                _registered_method=True)
         self.PrefetchRevision = channel.unary_unary(
                 '/treadle.internal.v1.SamplerService/PrefetchRevision',
                 request_serializer=treadle_dot_internal_dot_v1_dot_sampler__pb2.PrefetchRevisionRequest.SerializeToString,
@@ -53,6 +58,13 @@ class SamplerServiceServicer(object):
 
     def GetSamplerStatus(self, request, context):
         """Load and cached adapters.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDecodeSteps(self, request, context):
+        """The last decode steps, newest last.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +84,11 @@ def add_SamplerServiceServicer_to_server(servicer, server):
                     servicer.GetSamplerStatus,
                     request_deserializer=treadle_dot_internal_dot_v1_dot_sampler__pb2.GetSamplerStatusRequest.FromString,
                     response_serializer=treadle_dot_internal_dot_v1_dot_sampler__pb2.GetSamplerStatusResponse.SerializeToString,
+            ),
+            'ListDecodeSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDecodeSteps,
+                    request_deserializer=treadle_dot_internal_dot_v1_dot_sampler__pb2.ListDecodeStepsRequest.FromString,
+                    response_serializer=treadle_dot_internal_dot_v1_dot_sampler__pb2.ListDecodeStepsResponse.SerializeToString,
             ),
             'PrefetchRevision': grpc.unary_unary_rpc_method_handler(
                     servicer.PrefetchRevision,
@@ -107,6 +124,33 @@ class SamplerService(object):
             '/treadle.internal.v1.SamplerService/GetSamplerStatus',
             treadle_dot_internal_dot_v1_dot_sampler__pb2.GetSamplerStatusRequest.SerializeToString,
             treadle_dot_internal_dot_v1_dot_sampler__pb2.GetSamplerStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDecodeSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.internal.v1.SamplerService/ListDecodeSteps',
+            treadle_dot_internal_dot_v1_dot_sampler__pb2.ListDecodeStepsRequest.SerializeToString,
+            treadle_dot_internal_dot_v1_dot_sampler__pb2.ListDecodeStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

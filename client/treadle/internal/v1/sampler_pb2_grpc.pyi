@@ -35,6 +35,8 @@ class SamplerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> SamplerServiceAsyncStub: ...
     GetSamplerStatus: _grpc.UnaryUnaryMultiCallable[_sampler_pb2.GetSamplerStatusRequest, _sampler_pb2.GetSamplerStatusResponse]
     """Load and cached adapters."""
+    ListDecodeSteps: _grpc.UnaryUnaryMultiCallable[_sampler_pb2.ListDecodeStepsRequest, _sampler_pb2.ListDecodeStepsResponse]
+    """The last decode steps, newest last."""
     PrefetchRevision: _grpc.UnaryUnaryMultiCallable[_sampler_pb2.PrefetchRevisionRequest, _sampler_pb2.PrefetchRevisionResponse]
     """Fetches a revision before anybody samples from it. Errors: MODEL_NOT_FOUND."""
 
@@ -45,6 +47,8 @@ class SamplerServiceAsyncStub(SamplerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetSamplerStatus: _aio.UnaryUnaryMultiCallable[_sampler_pb2.GetSamplerStatusRequest, _sampler_pb2.GetSamplerStatusResponse]  # type: ignore[assignment]
     """Load and cached adapters."""
+    ListDecodeSteps: _aio.UnaryUnaryMultiCallable[_sampler_pb2.ListDecodeStepsRequest, _sampler_pb2.ListDecodeStepsResponse]  # type: ignore[assignment]
+    """The last decode steps, newest last."""
     PrefetchRevision: _aio.UnaryUnaryMultiCallable[_sampler_pb2.PrefetchRevisionRequest, _sampler_pb2.PrefetchRevisionResponse]  # type: ignore[assignment]
     """Fetches a revision before anybody samples from it. Errors: MODEL_NOT_FOUND."""
 
@@ -58,6 +62,14 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sampler_pb2.GetSamplerStatusResponse, _abc.Awaitable[_sampler_pb2.GetSamplerStatusResponse]]:
         """Load and cached adapters."""
+
+    @_abc_1.abstractmethod
+    def ListDecodeSteps(
+        self,
+        request: _sampler_pb2.ListDecodeStepsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sampler_pb2.ListDecodeStepsResponse, _abc.Awaitable[_sampler_pb2.ListDecodeStepsResponse]]:
+        """The last decode steps, newest last."""
 
     @_abc_1.abstractmethod
     def PrefetchRevision(
