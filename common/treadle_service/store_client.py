@@ -160,9 +160,7 @@ class StoreClient:
             finally:
                 path.unlink(missing_ok=True)
 
-    async def get_file(
-        self, sha256: str, base: KnownBlob | None = None, *, verify: bool = True
-    ) -> bytes | Path:
+    async def get_file(self, sha256: str, base: KnownBlob | None = None, *, verify: bool = True) -> bytes | Path:
         """Returns where a blob lies, in a shared folder, else its bytes as `get_blob` does.
 
         Without `verify` the content of a file is left to the caller to check.
