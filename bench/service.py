@@ -294,7 +294,7 @@ def length_of(seconds: float) -> int:
         begin = time.perf_counter()
         step_in_process(engine, state, batch, 3)
         took = (time.perf_counter() - begin) / 3
-        length = min(max(int(length * seconds / took), 64), 512)
+        length = min(max(int(length * seconds / took), 16), 512)
     return length
 
 
