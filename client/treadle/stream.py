@@ -28,6 +28,8 @@ ACK_EVERY_RESULTS: Final = 8
 ACK_AFTER_SECONDS: Final = 1.0
 WELCOME_SECONDS: Final = 300.0
 GOODBYE_SECONDS: Final = 2.0
+# A run stands still while its client waits: the pause decides how much longer than its trainer was away.
+LONGEST_PAUSE_SECONDS: Final = 0.5
 # A connection that held this long counts as progress.
 STABLE_SECONDS: Final = 10.0
 
@@ -162,7 +164,7 @@ class OperationStream:
         return bool(self._ledger.num_kept or self._waiting)
 
     async def _keep_connected(self) -> None:
-        backoff, loop = Backoff(), asyncio.get_running_loop()
+        backoff, loop = Backoff(longest_seconds=LONGEST_PAUSE_SECONDS), asyncio.get_running_loop()
         failing_since: float | None = None
         while not self._closing:
             await self._wanted.wait()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[bytes, bytes]
     Call = grpc.aio.StreamStreamCall[bytes, bytes]
 
+LONGEST_CALL_SECONDS: Final = 900.0
+"""How long a call other than a stream of operations may take when its caller sets no deadline."""
 _STATUS_DETAILS: Final = "grpc-status-details-bin"
 # Codes with which gRPC itself reports that the peer went away in the middle of a call.
 _LOST_CODES: Final = frozenset(
@@ -93,7 +95,7 @@ class Forwarder:
         with self.upstreams.use(target.address) as channel:
             call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
             try:
-                return await call(request, metadata=target.metadata, timeout=context.time_remaining())
+                return await call(request, metadata=target.metadata, timeout=_time_left(context))
             except grpc.aio.AioRpcError as error:
                 await _relay(context, error, target)
 
@@ -103,7 +105,7 @@ class Forwarder:
         """Yields the upstream's answers to one request."""
         with self.upstreams.use(target.address) as channel:
             start: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(method)
-            call = start(request, metadata=target.metadata, timeout=context.time_remaining())
+            call = start(request, metadata=target.metadata, timeout=_time_left(context))
             try:
                 async for response in call:
                     yield response
@@ -118,7 +120,7 @@ class Forwarder:
         """Sends the caller's frames and returns the upstream's one answer."""
         with self.upstreams.use(target.address) as channel:
             start: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(method)
-            call = start(requests, metadata=target.metadata, timeout=context.time_remaining())
+            call = start(requests, metadata=target.metadata, timeout=_time_left(context))
             try:
                 return await call
             except grpc.aio.AioRpcError as error:
@@ -184,6 +186,12 @@ class Forwarder:
         self._cut.discard(call)
         if not self._streams:
             self._no_streams.set()
+
+
+def _time_left(context: "Context") -> float:
+    """Returns the caller's deadline in seconds from now, at most LONGEST_CALL_SECONDS."""
+    left = context.time_remaining()
+    return LONGEST_CALL_SECONDS if left is None else min(left, LONGEST_CALL_SECONDS)
 
 
 def _draining() -> TreadleError:

@@ -118,6 +118,26 @@ async def test_a_drained_trainer_hands_its_runs_to_the_next(tmp_path: Path) -> N
     assert content(found) == weights
 
 
+async def test_a_run_that_leaves_finishes_what_it_has_begun(tmp_path: Path) -> None:
+    """An operation of many passes is answered before the trainer lets go of the run; the one behind it is not begun."""
+    async with (
+        serving_store(tmp_path) as store,
+        serving_trainer(store.address, max_tokens_per_pass=1024) as bench,
+    ):
+        run = await bench.new_run()
+        async with bench.stream(run) as stream:
+            await stream.send(forward_backward(1, rows=200, length=60), optim_step(2))
+            while not await bench.passes():
+                await asyncio.sleep(0.002)
+            assert bench.host is not None
+            draining = asyncio.create_task(bench.host.drain())
+            (result,) = await stream.results(1)
+            assert stream.drained
+            assert not result.HasField("error")
+            assert from_rpc_error(await refused(lambda: stream.results(1))).reason == "DRAINING"
+            await draining
+
+
 async def test_an_evicted_run_comes_back_on_demand(tmp_path: Path) -> None:
     """Eviction snapshots, releases and drops; the next stream brings the run back."""
     async with serving(tmp_path) as bench:
