@@ -219,6 +219,7 @@ CATALOGUE: Final[dict[str, ErrorSpec]] = {
     "QUOTA_EXCEEDED": ErrorSpec(_C.RESOURCE_EXHAUSTED, False, LimitError),
     "FRAME_TOO_LARGE": ErrorSpec(_C.RESOURCE_EXHAUSTED, False, LimitError),
     "OPERATION_TOO_LARGE": ErrorSpec(_C.RESOURCE_EXHAUSTED, False, LimitError),
+    "OUT_OF_MEMORY": ErrorSpec(_C.RESOURCE_EXHAUSTED, False, LimitError),
     "QUEUE_TIMEOUT": ErrorSpec(_C.DEADLINE_EXCEEDED, False, TimedOutError),
     "DEADLINE_EXCEEDED": ErrorSpec(_C.DEADLINE_EXCEEDED, True, TimedOutError),
     # Passing trouble.

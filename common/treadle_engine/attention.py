@@ -12,6 +12,7 @@ not know LoRA, losses or the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +47,16 @@ class PassContext:
         """Start with no call in progress."""
         self.plan: AttentionPlan | None = None
         self.num_tokens = 0
+
+    @contextmanager
+    def using(self, plan: AttentionPlan | None, num_tokens: int) -> Iterator[None]:
+        """Let modules attend by `plan` to so many real rows."""
+        before = self.plan, self.num_tokens
+        self.plan, self.num_tokens = plan, num_tokens
+        try:
+            yield
+        finally:
+            self.plan, self.num_tokens = before
 
     def attend(self, module: nn.Module, q_PHd: Tensor, k_PGd: Tensor, v_PGd: Tensor, window: int | None) -> Tensor:
         """Run the plan on the real rows and give the padding rows zeros."""

@@ -10,9 +10,10 @@ One thread owns a `BaseModel`: the segments of the call in progress are state of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from treadle_engine.attention import IMPLEMENTATION, AttentionPlan, PackedCausal, PassContext
@@ -72,6 +74,10 @@ class BaseModel:
         self._decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
         self.linears, self._sites = _replace_linears(model)
         self._unembed = self.linears[-1]
+        self.checkpoint_activations = False
+        """Whether a backward runs each layer again instead of keeping what it computed; may change between calls."""
+        for layer in _find_layers(self._decoder):
+            layer.forward = partial(self._run_layer, layer.forward)
         for module in self._decoder.modules():
             if hasattr(module, "layer_idx"):
                 module.treadle_context = self.context
@@ -144,16 +150,15 @@ class BaseModel:
         num_tokens = tokens_T.shape[0]
         padding = -num_tokens % ROW_MULTIPLE
         tokens_P, positions_P = F.pad(tokens_T, (0, padding)), F.pad(positions_T, (0, padding))
-        self.context.plan, self.context.num_tokens = attention, num_tokens
-        try:
+        with self.context.using(attention, num_tokens):
             if self.lean is not None:
-                return self.lean(tokens_P, positions_P, segments, self._anchor)[:num_tokens]
+                return self.lean(tokens_P, positions_P, segments, self._anchor, self.checkpoint_activations)[
+                    :num_tokens
+                ]
             with self._using(segments, self.linears[:-1]):
                 output = self._decoder(
                     input_ids=tokens_P.unsqueeze(0), position_ids=positions_P.unsqueeze(0), use_cache=False
                 )
-        finally:
-            self.context.plan = None
         x_TD: Tensor = output.last_hidden_state[0, :num_tokens]
         return x_TD
 
@@ -169,6 +174,27 @@ class BaseModel:
         """Apply the architecture's scale and soft-cap to float32 outputs of the unembedding."""
         scaled_NV = raw_NV if self.logit_scale == 1.0 else raw_NV * self.logit_scale
         return scaled_NV if not self.logit_cap else torch.tanh(scaled_NV / self.logit_cap) * self.logit_cap
+
+    def _run_layer(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # Any: transformers' own
+        """Run a layer of the generic front end; as a checkpoint if that is wanted and there will be a backward."""
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        segments, plan, num_tokens = self.linears[0].segments, self.context.plan, self.context.num_tokens
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            # The backward comes after the call, when neither plan nor segments are in place any more.
+            with self.context.using(plan, num_tokens), self._using(segments, self.linears[:-1]):
+                yield
+
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), again()),
+            **kwargs,
+        )
 
     @contextmanager
     def _using(self, segments: Sequence[Segment], linears: Sequence[SegmentedLinear]) -> Iterator[None]:
@@ -187,9 +213,8 @@ class BaseModel:
         positions_T = torch.arange(ROW_MULTIPLE, device=self.device)
         plan = PackedCausal([ROW_MULTIPLE], self.device)
         ours_TV = self.logits(self.hidden(tokens_T, positions_T, plan, ()), ())
-        self.context.plan, self.context.num_tokens = plan, ROW_MULTIPLE
-        theirs = self.model(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False)
-        self.context.plan = None
+        with self.context.using(plan, ROW_MULTIPLE):
+            theirs = self.model(input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False)
         if not torch.allclose(ours_TV, theirs.logits[0].float(), rtol=0.02, atol=0.02):
             raise EngineError("UNKNOWN_BASE", "the architecture shapes its logits in a way that is not supported")
 
@@ -213,13 +238,19 @@ def _find_linears(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, nn.Linear):
         raise EngineError("UNKNOWN_BASE", "the model has no linear unembedding")
-    layers = next((child for child in decoder.children() if isinstance(child, nn.ModuleList)), None)
-    if layers is None:
-        raise EngineError("UNKNOWN_BASE", "the model has no list of decoder layers")
+    layers = _find_layers(decoder)
     names = {id(module): name for name, module in model.named_modules()}
     prefix = names[id(layers)]
     found = [(f"{prefix}.{name}", child) for name, child in layers.named_modules() if isinstance(child, nn.Linear)]
     return [*found, (names[id(head)], head)]
+
+
+def _find_layers(decoder: nn.Module) -> nn.ModuleList:
+    """Return the decoder's list of layers."""
+    layers = next((child for child in decoder.children() if isinstance(child, nn.ModuleList)), None)
+    if layers is None:
+        raise EngineError("UNKNOWN_BASE", "the model has no list of decoder layers")
+    return layers
 
 
 def _pack_linears(model: PreTrainedModel, kind: Quantization, device: torch.device) -> None:

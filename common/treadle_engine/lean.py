@@ -1,9 +1,9 @@
 """The decoder of Llama, Qwen2 and Qwen3 written out, with its own backward, over the modules of transformers.
 
 The whole stack is one autograd node: no graph is built inside it but for attention, norms and SwiGLU keep only what
-their backward needs, and a layer's saved tensors are freed as soon as the backward has passed it. It computes what
-the modules compute, with their own weights; other architectures go through transformers' forward. This module does
-not know losses, optimizers, or what a segment's adapter is.
+their backward needs, and a layer's saved tensors are freed as soon as the backward has passed it (a checkpointed
+layer keeps only its input). It computes what the modules compute, with their own weights; other architectures go
+through transformers' forward. This module does not know losses, optimizers, or what a segment's adapter is.
 """
 
 # Shape suffix legend
@@ -102,26 +102,43 @@ class LeanDecoder:
     def __init__(self, model: PreTrainedModel, context: PassContext) -> None:
         """Use the modules of `model`, which `matches`."""
         self._decoder: Module = model.get_decoder()  # type: ignore[no-untyped-call]
-        self._context = context
+        self.context = context
 
-    def __call__(self, tokens_P: Tensor, positions_P: Tensor, segments: Sequence[Segment], anchor_1: Tensor) -> Tensor:
-        """Return final-norm hidden states x_PD; `anchor_1` requires a gradient, so that the node gets a backward."""
+    def __call__(
+        self,
+        tokens_P: Tensor,
+        positions_P: Tensor,
+        segments: Sequence[Segment],
+        anchor_1: Tensor,
+        checkpoint: bool = False,
+    ) -> Tensor:
+        """Return final-norm hidden states x_PD; `anchor_1` requires a gradient, so that the node gets a backward.
+
+        With `checkpoint` a layer keeps its input alone and runs again, on the same kernels, before its backward.
+        """
         if torch.is_grad_enabled():
-            x_PD: Tensor = _Stack.apply(anchor_1, self, tokens_P, positions_P, segments)  # type: ignore[no-untyped-call]
+            x_PD: Tensor = _Stack.apply(anchor_1, self, tokens_P, positions_P, segments, checkpoint)  # type: ignore[no-untyped-call]
             return x_PD
         return self.forward(tokens_P, positions_P, segments, None)[0]
 
     def forward(
-        self, tokens_P: Tensor, positions_P: Tensor, segments: Sequence[Segment], keep: list[_LayerSaved] | None
+        self,
+        tokens_P: Tensor,
+        positions_P: Tensor,
+        segments: Sequence[Segment],
+        keep: list[_LayerSaved | Tensor] | None,
+        checkpoint: bool = False,
     ) -> tuple[Tensor, _NormSaved, tuple[Tensor, Tensor]]:
         """Return x_PD, what the last norm saved and the rotary factors; append to `keep` unless it is None."""
         x_PD: Tensor = F.embedding(tokens_P, self._decoder.embed_tokens.weight)
         cosine_1Pd, sine_1Pd = self._decoder.rotary_emb(x_PD, positions_P.unsqueeze(0))
         rotary = (cosine_1Pd[0].unsqueeze(1), sine_1Pd[0].unsqueeze(1))
         for layer in self._decoder.layers:
-            x_PD, saved = self._layer(layer, x_PD, rotary, segments, keep is not None)
+            input_PD = x_PD
+            x_PD, saved = self._layer(layer, input_PD, rotary, segments, keep is not None)
             if keep is not None:
-                keep.append(saved)
+                keep.append(input_PD if checkpoint else saved)
+            del saved  # else a checkpoint's would live on beside the next layer's
         x_PD, norm = _norm(self._decoder.norm, x_PD)
         return x_PD, norm, rotary
 
@@ -158,13 +175,13 @@ class LeanDecoder:
         if with_grad:
             q_PHd, k_PGd, v_PGd = (leaf.detach().requires_grad_() for leaf in (q_PHd, k_PGd, v_PGd))
         with torch.set_grad_enabled(with_grad):
-            o_PHd = self._context.attend(module, q_PHd, k_PGd, v_PGd, getattr(module, "sliding_window", None))
+            o_PHd = self.context.attend(module, q_PHd, k_PGd, v_PGd, getattr(module, "sliding_window", None))
         return _AttentionSaved(q_PHd, k_PGd, v_PGd, o_PHd)
 
     def backward(
         self,
         g_PD: Tensor,
-        keep: list[_LayerSaved],
+        keep: list[_LayerSaved | Tensor],
         norm: _NormSaved,
         rotary: tuple[Tensor, Tensor],
         segments: Sequence[Segment],
@@ -172,7 +189,11 @@ class LeanDecoder:
         """Accumulate the segments' gradients; empties `keep` from its end."""
         g_PD = _norm_backward(self._decoder.norm, g_PD, norm)
         for index in reversed(range(len(keep))):
-            g_PD = _layer_backward(self._decoder.layers[index], g_PD, keep.pop(), rotary, segments, index > 0)
+            layer, saved = self._decoder.layers[index], keep.pop()
+            if isinstance(saved, Tensor):
+                saved = self._layer(layer, saved, rotary, segments, with_grad=True)[1]
+            g_PD = _layer_backward(layer, g_PD, saved, rotary, segments, index > 0)
+            del saved
 
 
 def _layer_backward(
@@ -220,16 +241,19 @@ class _Stack(torch.autograd.Function):
         tokens_P: Tensor,
         positions_P: Tensor,
         segments: Sequence[Segment],
+        checkpoint: bool,
     ) -> Tensor:
         ctx.keep = []
-        x_PD, ctx.norm, ctx.rotary = lean.forward(tokens_P, positions_P, segments, ctx.keep)
+        x_PD, ctx.norm, ctx.rotary = lean.forward(tokens_P, positions_P, segments, ctx.keep, checkpoint)
         ctx.lean, ctx.segments = lean, segments
+        ctx.plan, ctx.num_tokens = lean.context.plan, lean.context.num_tokens
         return x_PD
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None, None]:
-        ctx.lean.backward(grad_outputs[0].contiguous(), ctx.keep, ctx.norm, ctx.rotary, ctx.segments)
-        return None, None, None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None, None, None]:
+        with ctx.lean.context.using(ctx.plan, ctx.num_tokens):
+            ctx.lean.backward(grad_outputs[0].contiguous(), ctx.keep, ctx.norm, ctx.rotary, ctx.segments)
+        return None, None, None, None, None, None
 
 
 def _project(

@@ -27,12 +27,19 @@ class TrainState:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: int = 0
+    has_gradient: bool = False
+    """False only while `grads` is zero."""
 
     @classmethod
     def fresh(cls, weights: AdapterWeights) -> TrainState:
         """Start training the given weights with a new optimizer."""
         flat = weights.flat
         return cls(weights, torch.zeros_like(flat), torch.zeros_like(flat), torch.zeros_like(flat))
+
+    def clear_gradient(self) -> None:
+        """Drop what has been accumulated."""
+        self.grads.zero_()
+        self.has_gradient = False
 
     @property
     def num_bytes(self) -> int:
@@ -92,7 +99,7 @@ def optim_step(state: TrainState, params: AdamParams) -> dict[str, float]:
     """Apply one AdamW step, zero the gradient and return metrics; after NAN_GRADIENT nothing else has changed."""
     grad_norm = float(torch.linalg.vector_norm(state.grads))
     if not math.isfinite(grad_norm):
-        state.grads.zero_()
+        state.clear_gradient()
         raise EngineError("NAN_GRADIENT", "the accumulated gradient is not finite; it was dropped")
     clipped = 0.0 < params.grad_clip_norm < grad_norm
     if clipped:
@@ -117,7 +124,7 @@ def optim_step(state: TrainState, params: AdamParams) -> dict[str, float]:
         weight_decay=params.weight_decay,
     )
     state.step += 1
-    state.grads.zero_()
+    state.clear_gradient()
     state.weights.refresh()
     return {
         "grad_norm:mean": grad_norm,

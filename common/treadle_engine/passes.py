@@ -27,6 +27,7 @@ from treadle_engine.errors import EngineError
 from treadle_engine.logprobs import Derivative, HeadChunk, run_head
 from treadle_engine.lora import Segment
 from treadle_engine.losses import LossSpec, evaluate
+from treadle_engine.memory import Gradients, is_out_of_memory
 from treadle_engine.optim import TrainState
 
 CHUNK_TOKENS = 1024
@@ -93,7 +94,8 @@ class TrainingEngine:
     def run_pass(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
         """Compute all chunks, each as if it were alone, and add their gradients in the order given.
 
-        Chunks without a gradient go through the base apart from the others: they need no graph.
+        Chunks without a gradient go through the base apart from the others: they need no graph. Where memory does not
+        suffice, fewer chunks go through at once; only one that does not fit alone gets OUT_OF_MEMORY.
         """
         total = sum(chunk.batch.num_tokens for chunk in chunks)
         if total > self.max_tokens_per_pass and len(chunks) > 1:
@@ -102,7 +104,7 @@ class TrainingEngine:
         for forward_only in (True, False):
             group = [work for work in works if work.chunk.forward_only is forward_only]
             for stream in self._streams(group):
-                self._run_group(stream, with_grad=not forward_only)
+                self._run_stream(stream, with_grad=not forward_only)
         return [work.result() for work in works]
 
     def _streams(self, works: Sequence[_Work]) -> Iterator[list[_Work]]:
@@ -118,6 +120,30 @@ class TrainingEngine:
             used += work.chunk.batch.num_tokens
         if stream:
             yield stream
+
+    def _run_stream(self, works: Sequence[_Work], with_grad: bool) -> None:
+        """Run a group; after a failed allocation undo it and run its halves, down to single chunks."""
+        gradients: Gradients | None = None
+        try:
+            gradients = Gradients([work.chunk.state for work in works]) if with_grad else None
+            self._run_group(works, with_grad)
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Behind the handler: its traceback kept every tensor of the attempt alive.
+        if gradients is not None:
+            gradients.undo()
+        gradients = None
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(works) == 1:
+            works[0].fail_for_memory(reason)
+            return
+        middle = len(works) // 2
+        for half in (works[:middle], works[middle:]):
+            self._run_stream(half, with_grad)
 
     def _run_group(self, works: Sequence[_Work], with_grad: bool) -> None:
         device = self.base.device
@@ -180,11 +206,21 @@ class _Work:
         self.segment = Segment(0, 0, chunk.state.weights)
 
     def place(self, start: int) -> Segment:
-        """Give the chunk its rows in the stream."""
+        """Give the chunk its rows in the stream; what an earlier attempt found does not count."""
+        self.error = None
         grads = None if self.chunk.forward_only else self.chunk.state.grads
         self.segment = Segment(start, start + self.chunk.batch.num_tokens, self.chunk.state.weights, grads)
         self._stream_N = (self._rows_N + start).to(self._targets_NK.device)
         return self.segment
+
+    def fail_for_memory(self, reason: str) -> None:
+        """Give up: not even alone did the chunk fit."""
+        lengths_R = self.chunk.batch.lengths_R
+        self.error = EngineError(
+            "OUT_OF_MEMORY",
+            f"{int(lengths_R.sum())} tokens in {len(lengths_R)} sequences of at most {int(lengths_R.max())} do not fit "
+            f"into the memory of this trainer, even alone; send shorter sequences ({reason[:200]})",
+        )
 
     def head(self, derivative: Derivative) -> HeadChunk:
         """Describe the chunk to the head."""

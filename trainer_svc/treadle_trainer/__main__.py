@@ -63,6 +63,7 @@ def _loader(settings: TrainerSettings) -> Callable[[], Device]:
             device=settings.device,
             quantize=settings.quantize,
             threads=settings.threads,
+            checkpoint_activations=settings.checkpoint_activations,
             max_tokens_per_pass=settings.max_tokens_per_pass,
             target_pass_seconds=settings.target_pass_seconds,
             measure_cost=settings.measure_cost,

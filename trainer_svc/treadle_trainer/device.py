@@ -161,7 +161,7 @@ class Device:
     def clear_gradient(self, run: str) -> None:
         """Drops the run's gradient."""
         if run in self._states:
-            self._states[run].grads.zero_()
+            self._states[run].clear_gradient()
 
     def copy_state(self, run: str, num_failed: int, into: Path | None = None) -> StateCopy:
         """Serializes the run's state as it is at its last step boundary, into a new file if one is given and possible.
@@ -224,6 +224,7 @@ def load_device(
     device: str,
     quantize: str,
     threads: int,
+    checkpoint_activations: bool,
     max_tokens_per_pass: int,
     target_pass_seconds: float,
     measure_cost: bool,
@@ -231,6 +232,7 @@ def load_device(
     """Loads a base onto the device and finds out what passes cost; runs on the thread that will own it."""
     settle(threads)
     base = BaseModel.load(path, name=name, dtype=dtype, device=device, quantize=quantize)
+    base.checkpoint_activations = checkpoint_activations
     cost = probe.measure(base) if measure_cost else None
     memory = probe.device_memory(base.device)
     return Device(base, choose_budget(max_tokens_per_pass, target_pass_seconds, cost, memory))

@@ -30,6 +30,10 @@ class TrainerSettings(WorkerSettings):
     measure_cost: bool = Field(
         True, description="run a few passes at start to measure what one costs; without it only positions are counted"
     )
+    checkpoint_activations: bool = Field(
+        False,
+        description="keep only each layer's input for the backward and compute the rest again: less memory, slower",
+    )
     snapshot_every_steps: int = Field(10, ge=1, description="optimizer steps between two snapshots of a run")
     lease_seconds: float = Field(
         10.0, gt=0, description="how long a run stays with this trainer without a sign of life"
