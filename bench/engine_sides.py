@@ -68,7 +68,7 @@ class EngineSide:
     def clear(self) -> None:
         """Drop the gradients."""
         for state in self._states:
-            state.grads.zero_()
+            state.clear_gradient()
 
 
 def merged(engine: TrainingEngine, tenants: Sequence[Tenant]) -> EngineSide:
