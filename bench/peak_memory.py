@@ -23,6 +23,7 @@ from treadle_engine.base_model import BaseModel
 from treadle_engine.passes import TrainingEngine
 
 SIDES = ("peft", "engine", "engine-one-pass")
+"""Sides that are compared with PEFT; `engine-checkpointed` is compared with `engine` (`bench.memory`)."""
 
 
 def measure(side: str, model: str, workload: str, scratch: Path) -> int:
@@ -42,6 +43,7 @@ def _prepare(side: str, model: str, workload: str, scratch: Path) -> Callable[[]
         del base
         PeftSequential(folder, torch.float32, small).step()
         return PeftSequential(folder, torch.float32, tenants).step
+    base.checkpoint_activations = side == "engine-checkpointed"
     budget = sum(tenant.batch.num_tokens for tenant in tenants)
     engine = TrainingEngine(base, budget) if side == "engine-one-pass" else TrainingEngine(base)
     merged(engine, small).step()
