@@ -18,7 +18,7 @@ from treadle.records import (
     SupportedModel,
     WorkerInfo,
 )
-from treadle.types import AdamParams, LoraConfig, SampledSequence, SamplingParams, StopReason
+from treadle.types import AdamParams, LoraConfig, SampledSequence, SamplingParams, StopReason, TopLogprobs
 from treadle.v1 import adapters_pb2, admin_pb2, sampling_pb2, training_pb2, types_pb2
 from treadle.wire import decode_tokens, numpy_from_tensor
 
@@ -81,6 +81,11 @@ def sampling_to_proto(params: SamplingParams) -> sampling_pb2.SamplingParams:
         stop_strings=texts,
         stop_tokens=tokens,
         ignore_eos=params.stop is not None and not texts and not tokens,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias or {},
     )
 
 
@@ -95,6 +100,14 @@ def sequence_from(sequence: sampling_pb2.SampledSequence) -> SampledSequence:
         stop_reason=stop_reason_from(sequence.stop_reason) or "length",
         tokens=decode_tokens(sequence.tokens).tolist(),
         logprobs=numpy_from_tensor(sequence.logprobs, "logprobs").tolist(),
+        topk_logprobs=top_from(sequence.topk_logprobs) if sequence.HasField("topk_logprobs") else None,
+    )
+
+
+def top_from(top: sampling_pb2.TopLogprobs) -> TopLogprobs:
+    """Returns the likeliest tokens of some positions."""
+    return TopLogprobs(
+        tokens=decode_tokens(top.tokens).reshape(-1, top.k), logprobs=numpy_from_tensor(top.logprobs, "topk_logprobs")
     )
 
 

@@ -231,6 +231,7 @@ CATALOGUE: Final[dict[str, ErrorSpec]] = {
     # Faults.
     "UNIMPLEMENTED": ErrorSpec(_C.UNIMPLEMENTED, False, ServerError),
     "NAN_GRADIENT": ErrorSpec(_C.INTERNAL, False, ServerError),
+    "NAN_LOGITS": ErrorSpec(_C.INTERNAL, False, ServerError),
     "INTERNAL": ErrorSpec(_C.INTERNAL, False, ServerError),
     "CHECKSUM_MISMATCH": ErrorSpec(_C.DATA_LOSS, True, ServerError),
 }

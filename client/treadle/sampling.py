@@ -14,16 +14,19 @@ import grpc
 import grpc.aio
 
 from treadle.channel import Backoff, Transport, failure_of
-from treadle.convert import prompt_logprobs_from, sampling_to_proto, sequence_from, stop_reason_from
+from treadle.convert import prompt_logprobs_from, sampling_to_proto, sequence_from, stop_reason_from, top_from
 from treadle.errors import BadSamplingParamsError, TreadleError
 from treadle.futures import Handle
+from treadle.tensors import tensor_from_numpy
 from treadle.tokenizers import load_tokenizer
 from treadle.types import (
+    ArrayInput,
     ModelInput,
     SampleDelta,
     SampleResponse,
     SamplingParams,
     SaveWeightsForSamplerResponse,
+    as_token_ids,
 )
 from treadle.v1 import sampling_pb2, sampling_pb2_grpc
 from treadle.wire import decode_tokens, encode_tokens, numpy_from_tensor
@@ -52,15 +55,31 @@ class SamplingClient:
         num_samples: int = 1,
         sampling_params: SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: ArrayInput | None = None,
+        prompt_logprobs_last_n: int | None = None,
     ) -> Handle[SampleResponse]:
-        """Draws continuations of the prompt; sample i of a seed is always the same, and differs from sample j."""
+        """Draws continuations of the prompt; sample i of a seed is always the same, and differs from sample j.
+
+        The `topk_...` ask for so many of the likeliest tokens at each position, `target_prompt_logprobs` (token ids
+        [n, k] for a prompt of n) for the log-probabilities of those tokens there; `prompt_logprobs_last_n` limits what
+        is said about the prompt to its last positions, so that a beginning that is known need not be computed again.
+        """
         request = self._request(prompt, num_samples, sampling_params, include_prompt_logprobs)
+        request.topk_prompt_logprobs, request.topk_logprobs = topk_prompt_logprobs, topk_sample_logprobs
+        if target_prompt_logprobs is not None:
+            request.target_prompt_tokens.CopyFrom(tensor_from_numpy(as_token_ids(target_prompt_logprobs)))
+        if prompt_logprobs_last_n is not None:
+            request.prompt_logprobs_last_n = prompt_logprobs_last_n
         return Handle(self._transport.start(self._sample(request)), _response_from)
 
-    def compute_logprobs(self, prompt: ModelInput) -> Handle[list[float | None]]:
-        """Computes each token's log-probability given those before it; None for the first."""
+    def compute_logprobs(
+        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> Handle[list[float | None]]:
+        """Computes each token's log-probability given those before it; None for the first and what is not asked for."""
         tokens = encode_tokens(prompt.to_numpy())
-        request = sampling_pb2.ComputeLogprobsRequest(tokens=tokens)
+        request = sampling_pb2.ComputeLogprobsRequest(tokens=tokens, prompt_logprobs_last_n=prompt_logprobs_last_n)
         return Handle(
             self._transport.start(self._compute_logprobs(request)),
             lambda response: prompt_logprobs_from(response.logprobs),
@@ -227,4 +246,13 @@ def _response_from(response: sampling_pb2.SampleResponse) -> SampleResponse:
         sequences=[sequence_from(sequence) for sequence in response.sequences],
         prompt_logprobs=prompt_logprobs_from(response.prompt_logprobs) if has_prompt else None,
         model=response.model,
+        topk_prompt_logprobs=(
+            top_from(response.topk_prompt_logprobs) if response.HasField("topk_prompt_logprobs") else None
+        ),
+        target_prompt_logprobs=(
+            numpy_from_tensor(response.target_prompt_logprobs, "target_prompt_logprobs")
+            if response.HasField("target_prompt_logprobs")
+            else None
+        ),
+        prompt_cache_hit_tokens=response.prompt_cache_hit_tokens,
     )

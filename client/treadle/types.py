@@ -222,7 +222,11 @@ class AdamParams:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw tokens. `stop` is text or token ids; `[]` also goes on past the end-of-sequence tokens."""
+    """How to draw tokens. `stop` is text or token ids; `[]` also goes on past the end-of-sequence tokens.
+
+    Bias, penalties and temperature shape the distribution that log-probabilities are of; `top_k`, `top_p` and `min_p`
+    then cut it. The repetition penalty counts the prompt too, the other two the sample alone.
+    """
 
     max_tokens: int | None = None
     seed: int | None = None
@@ -230,6 +234,11 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens <= 0:
@@ -238,6 +247,8 @@ class SamplingParams:
             raise BadSamplingParamsError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise BadSamplingParamsError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise BadSamplingParamsError(f"min_p is {self.min_p}; it must be from 0 to 1")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise BadSamplingParamsError(f"seed is {self.seed}; it must be from 0 to 2**64 - 1")
 
@@ -301,21 +312,42 @@ class BarrierResponse:
 
 
 @dataclass(eq=False)
+class TopLogprobs:
+    """The k likeliest tokens of n positions: `tokens` int32 [n, k], -1 for none; `logprobs` float32 [n, k], NaN."""
+
+    tokens: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+
+    def at(self, position: int) -> list[tuple[int, float]] | None:
+        """Returns (token, log-probability) of one position, likeliest first; None where there is none."""
+        if self.tokens.shape[1] == 0 or self.tokens[position, 0] < 0:
+            return None
+        return list(zip(self.tokens[position].tolist(), self.logprobs[position].tolist(), strict=True))
+
+
+@dataclass(eq=False)
 class SampledSequence:
     """One continuation: its tokens (the stop token included) and their log-probabilities."""
 
     stop_reason: StopReason
     tokens: list[int]
     logprobs: list[float]
+    topk_logprobs: TopLogprobs | None = None
 
 
 @dataclass(eq=False)
 class SampleResponse:
-    """All continuations, and the prompt's log-probabilities (None for its first token) if they were asked for."""
+    """All continuations, and what was asked for about the prompt (None or NaN for its first token).
+
+    `target_prompt_logprobs` is float32 [n, k]; `prompt_cache_hit_tokens` of the prompt did not have to be computed.
+    """
 
     sequences: list[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
     model: str = ""
+    topk_prompt_logprobs: TopLogprobs | None = None
+    target_prompt_logprobs: NDArray[np.float32] | None = None
+    prompt_cache_hit_tokens: int = 0
 
 
 @dataclass(eq=False)

@@ -1,46 +1,50 @@
 """Many samples of many adapters at once, one token per step; requests join and leave at every step.
 
-A sample's tokens and log-probs follow from its prompt, adapter, parameters, seed and index, bit for bit on a CPU,
-whoever shares the step. The decoder knows no threads, clocks or names of models: its owner calls `step` as long as
-there is work. One thread owns a decoder and its base.
+A sample's tokens and log-probs follow from its prompt, adapter, parameters, seed and index, bit for bit on a CPU:
+not from who shares the step, not from how its prompt was cut or whether parts of it were kept from another request,
+and not from whether it lost its place in between. The decoder knows no threads, clocks or names of models: its owner
+calls `step` as long as there is work. One thread owns a decoder and its base.
 """
 
 # Shape suffix legend
-#   T = rows of the step or tokens of a prompt, N = rows whose logits are needed, U = rows of one prompt's part
-#   D = hidden, V = vocabulary
+#   T = rows of the step or tokens of a prompt, N = rows whose logits are needed, D = hidden, V = vocabulary
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from treadle_engine.decode_attention import DecodeAttention, PromptPart
-from treadle_engine.decode_base import DecodeBase, PaddedSegments
+from treadle_engine.decode_attention import DecodeAttention, TextPart
+from treadle_engine.decode_base import DecodeBase
+from treadle_engine.decode_places import Places
 from treadle_engine.decode_requests import (
     DecodeEvent,
     FailedEvent,
     Prompt,
     PromptEvent,
+    Reading,
     Sample,
     SampleRequest,
     TokenEvent,
-    WaitingLine,
 )
 from treadle_engine.errors import EngineError
-from treadle_engine.kv_cache import KvCache, PromptCache
-from treadle_engine.logprobs import HeadChunk, run_head
+from treadle_engine.kv_cache import KvCache
 from treadle_engine.lora import AdapterWeights, Segment
-from treadle_engine.sampling import draw, sample_stream
+from treadle_engine.prefix_cache import BlockKeys
+from treadle_engine.prompt_scores import check_scores, read_scores, top_tokens
+from treadle_engine.sampling import Drawn, TokenHistory, draw, sample_stream
 from treadle_engine.sampling_params import MAX_SAMPLES, check_prompt, token_limit
 from treadle_engine.stops import Detokenize, StopRule
 
-PREFILL_PART = 512
-"""Prompt tokens per step, and the length at which a prompt is cut: a long prompt delays the others' tokens little."""
+PREFILL_ROWS = 512
+"""Most prompt tokens that one step reads."""
+
+_ROWS_PER_READING = 16
 
 
 class Decoder:
@@ -53,23 +57,24 @@ class Decoder:
         *,
         max_sequences: int = 64,
         max_cache_tokens: int = 65_536,
+        keep_prefixes: bool = True,
     ) -> None:
-        """Serve at most `max_sequences` at once, with at most `max_cache_tokens` positions promised to them."""
+        """Serve at most `max_sequences` at once, with keys and values of at most `max_cache_tokens` positions."""
         info = base.info
         self.num_steps = 0
         self.num_tokens = 0
+        self.num_read = 0
+        self.num_cached = 0
         self._base = base
         self._detokenize = detokenize
-        self._cache = KvCache(info.num_layers, info.num_kv_heads, info.head_dim, base.dtype, base.device)
-        self._max_places = max_sequences
         # Any single request must fit, or it would wait for ever.
-        self._max_tokens = max(max_cache_tokens, 2 * info.max_context)
-        self._free_places, self._free_tokens = self._max_places, self._max_tokens
+        positions = max(max_cache_tokens, 4 * info.max_context)
+        cache = KvCache(info.num_layers, info.num_kv_heads, info.head_dim, base.dtype, base.device, positions)
+        self._cache = cache
+        self._places = Places(cache, max_sequences, keep_prefixes=keep_prefixes)
         self._numbers = itertools.count(1)
         self._prompts: dict[int, Prompt] = {}
-        self._line = WaitingLine()
-        self._filling: list[Prompt] = []
-        self._samples: list[Sample] = []
+        self._seeds: weakref.WeakKeyDictionary[AdapterWeights, int] = weakref.WeakKeyDictionary()
 
     @property
     def has_work(self) -> bool:
@@ -79,17 +84,26 @@ class Decoder:
     @property
     def num_active(self) -> int:
         """Samples and prompts that have a place."""
-        return self._max_places - self._free_places
+        return self._places.num_taken
 
     @property
     def num_waiting(self) -> int:
-        """Samples that have none yet."""
-        return sum(prompt.num_claims - prompt.num_claimed for prompt in self._line)
+        """Samples that have none yet, or had to give theirs up."""
+        return sum(prompt.num_claims - prompt.num_claimed + len(prompt.paused) for prompt in self._prompts.values())
+
+    @property
+    def num_preemptions(self) -> int:
+        """Samples that had to give up their place, ever."""
+        return self._places.num_preemptions
 
     @property
     def num_cache_bytes(self) -> int:
-        """Memory of the decoding sequences' keys and values, in bytes."""
+        """Memory of keys and values, kept prefixes included, in bytes."""
         return self._cache.num_bytes
+
+    def forget_prefixes(self) -> None:
+        """Drop what was kept of earlier requests."""
+        self._cache.prefixes.clear()
 
     def add(self, request: SampleRequest) -> int:
         """Queue a request and return its number.
@@ -101,230 +115,192 @@ class Decoder:
             raise EngineError("BAD_SAMPLING_PARAMS", f"num_samples must be 1..{MAX_SAMPLES}, got {request.num_samples}")
         request.params.check(info.vocab_size)
         check_prompt(info, request.prompt_T)
-        length = int(request.prompt_T.shape[0])
-        limit = token_limit(info, length, request.params) if request.num_samples else 0
+        wrong = check_scores(request, info.vocab_size)
+        if wrong is not None:
+            raise EngineError("BAD_SAMPLING_PARAMS", wrong)
+        limit = token_limit(info, int(request.prompt_T.shape[0]), request.params) if request.num_samples else 0
         rule = StopRule(request.params, limit, info.eos_token_ids, self._detokenize)
-        prompt = Prompt(next(self._numbers), request, rule, limit, num_unfinished=request.num_samples)
-        if request.prompt_logprobs or not request.num_samples:
-            prompt.logprobs_T = np.full(length, np.nan, dtype=np.float32)
+        keys = BlockKeys(self._seed_of(request.weights))
+        keys.extend(request.prompt_T)
+        prompt = Prompt(next(self._numbers), request, rule, limit, keys, num_unfinished=request.num_samples)
         self._prompts[prompt.number] = prompt
-        self._line.add(prompt)
+        self._places.line.add(prompt)
         return prompt.number
 
     def cancel(self, number: int) -> None:
         """Forget a request and free its places; a finished or unknown one is no error."""
-        prompt = self._prompts.get(number)
+        prompt = self._prompts.pop(number, None)
         if prompt is not None:
-            self._forget(prompt)
+            self._places.forget(prompt)
 
     @torch.no_grad()
     def step(self) -> list[DecodeEvent]:
         """Give waiting requests their places, run the base once, and return what came of it."""
-        self._admit()
-        parts = self._choose_parts()
+        places = self._places
+        places.admit()
+        places.make_way()
+        parts = places.choose_parts(self._row_budget())
+        places.samples = _by_adapter(places.samples)
+        logits_NV = self._run(parts) if parts or places.samples else None
         events: list[DecodeEvent] = []
-        self._samples = _by_adapter(self._samples)
-        finished = [prompt for prompt, count in parts if _start(prompt) + count == prompt.num_rows]
-        logits_NV = self._run(parts, finished) if parts or self._samples else None
-        for prompt in finished:
-            self._filling.remove(prompt)
-            if prompt.logprobs_T is not None:
-                events.append(PromptEvent(prompt.number, prompt.logprobs_T))
-            if not prompt.request.num_samples:
-                self._forget(prompt)
+        for reading in [reading for reading in places.readings if reading.is_done]:
+            places.readings.remove(reading)
+            events += self._finish_reading(reading)
         events += self._draw(logits_NV)
         self.num_steps += 1
         return events
 
-    def _admit(self) -> None:
-        while self._free_places and (prompt := self._line.head()) is not None:
-            if prompt.claim_cost > self._free_tokens:
-                return
-            self._free_places -= 1
-            self._free_tokens -= prompt.claim_cost
-            if not prompt.num_claimed:
-                prompt.cache = self._cache.new_prompt(prompt.length)
-                self._filling.append(prompt)
-            if prompt.request.num_samples:
-                prompt.unborn.append(prompt.num_claimed)
-            self._line.claim(prompt)
+    def _row_budget(self) -> int:
+        """Return how many prompt tokens the step may read: all it can when nobody decodes.
 
-    def _choose_parts(self) -> list[tuple[Prompt, int]]:
-        """Return prompts and how many of their tokens this step takes; fresh prompts first."""
-        chosen: list[tuple[Prompt, int]] = []
-        left = PREFILL_PART
-        for prompt in self._filling:
-            # Cut by the prompt's own length: its numbers must not depend on what else fits into the step.
-            count = min(PREFILL_PART, prompt.num_rows - _start(prompt))
-            if count > left:
-                break
-            chosen.append((prompt, count))
-            left -= count
-        return sorted(chosen, key=lambda part: _start(part[0]) > 0)
+        Else as many rows as decode, so that a step takes at most twice as long as without; more if many wait.
+        """
+        decoding = len(self._places.samples)
+        if not decoding:
+            return PREFILL_ROWS
+        return min(PREFILL_ROWS, max(_ROWS_PER_READING * len(self._places.readings), decoding))
 
-    def _run(self, parts: Sequence[tuple[Prompt, int]], finished: Sequence[Prompt]) -> Tensor:
+    def _seed_of(self, weights: AdapterWeights | None) -> bytes:
+        """Return what stands for an adapter, as it is now, in the keys of its texts' blocks."""
+        if weights is None:
+            return b"base"
+        number = self._seeds.setdefault(weights, next(self._numbers))
+        return f"adapter {number} {weights.flat._version}".encode()
+
+    def _run(self, parts: Sequence[tuple[Reading, int]]) -> Tensor:
         """Run the base; return logits_NV of the samples, and leave those of finished prompts with them."""
+        samples = self._places.samples
         x_TD, last_rows = self._run_base(parts)
-        first = x_TD.shape[0] - len(self._samples)
-        asked = [prompt for prompt in finished if prompt.request.num_samples]
+        first = x_TD.shape[0] - len(samples)
+        asked = [reading.prompt for reading, _ in parts if reading.is_done and _wants_logits(reading)]
         rows = [*range(first, x_TD.shape[0]), *(last_rows[prompt.number] for prompt in asked)]
         if not rows:
             return x_TD.new_empty((0, self._base.info.vocab_size), dtype=torch.float32)
-        count = len(self._samples)
-        segments = _segments([sample.prompt.request.weights for sample in self._samples], 0)
-        for row, prompt in enumerate(asked, start=count):
-            segments += _segments([prompt.request.weights], row)
-        logits_NV = self._base.logits(x_TD[rows], PaddedSegments(segments, self._base.device))
-        for row, prompt in enumerate(asked, start=count):
+        weights = [*(sample.prompt.request.weights for sample in samples), *(one.request.weights for one in asked)]
+        logits_NV = self._base.logits(x_TD[rows], self._base.adapters(_segments(weights, 0)))
+        for row, prompt in enumerate(asked, start=len(samples)):
             prompt.logits_V = logits_NV[row].clone()
-        return logits_NV[:count]
+        return logits_NV[: len(samples)]
 
-    def _run_base(self, parts: Sequence[tuple[Prompt, int]]) -> tuple[Tensor, dict[int, int]]:
-        """Run the step's rows; return x_TD and the row of each part's last token by the request's number."""
+    def _run_base(self, parts: Sequence[tuple[Reading, int]]) -> tuple[Tensor, dict[int, int]]:
+        """Run the step's rows; return x_TD and the row of each prompt's last token by the request's number."""
         tokens: list[int] = []
         positions: list[int] = []
-        segments: list[Segment] = []
+        weights: list[AdapterWeights | None] = []
         last_rows: dict[int, int] = {}
-        planned: list[PromptPart] = []
-        for prompt, count in parts:
-            start = _start(prompt)
-            segments += _segments([prompt.request.weights] * count, len(tokens))
-            tokens += prompt.request.prompt_T[start : start + count].tolist()
+        for reading, count in parts:
+            start = reading.cache.length
+            tokens += reading.text_T[start : start + count].tolist()
             positions += range(start, start + count)
-            last_rows[prompt.number] = len(tokens) - 1
-            planned.append(PromptPart(_cache_of(prompt), count))
-        segments += _segments([sample.prompt.request.weights for sample in self._samples], len(tokens))
-        for sample in self._samples:
+            weights += [reading.prompt.request.weights] * count
+            if reading.sample is None:
+                last_rows[reading.prompt.number] = len(tokens) - 1
+        slots = []
+        for sample in self._places.samples:
             assert sample.slot is not None  # every decoding sample has one
-            sample.slot = self._cache.make_room(sample.slot)
             tokens.append(sample.tokens[-1])
             positions.append(sample.slot.length)
-        slots = [sample.slot for sample in self._samples if sample.slot is not None]
-        device = self._base.device
-        plan = DecodeAttention(planned, slots, self._cache.slabs, device)
+            weights.append(sample.prompt.request.weights)
+            slots.append(sample.slot)
+        base, device = self._base, self._base.device
+        plan = DecodeAttention(
+            [TextPart(reading.cache, count, reading.next_packed > 0) for reading, count in parts],
+            slots, self._cache.slabs, base.info.num_kv_heads, base.block_rows, device,
+        )  # fmt: skip
         tokens_T, positions_T = torch.tensor(tokens, device=device), torch.tensor(positions, device=device)
-        x_TD = self._base.hidden(tokens_T, positions_T, plan, PaddedSegments(segments, device))
+        x_TD = base.hidden(tokens_T, positions_T, plan, base.adapters(_segments(weights, 0)))
         row = 0
-        for prompt, count in parts:
-            self._read_logprobs(prompt, count, x_TD[row : row + count])
-            _cache_of(prompt).length += count
+        for reading, count in parts:
+            read_scores(base, reading, x_TD[row : row + count])
+            self._places.advance(reading, count)
+            self.num_read += count
             row += count
         for slot in slots:
             slot.length += 1
         return x_TD, last_rows
 
-    def _read_logprobs(self, prompt: Prompt, count: int, x_UD: Tensor) -> None:
-        """Note the log-probs of the tokens that follow a part's rows, computed as a trainer computes them."""
-        start = _start(prompt)
-        targets = prompt.request.prompt_T[start + 1 : start + 1 + count]
-        if prompt.logprobs_T is None or not targets.shape[0]:
-            return
-        logprobs_T = prompt.logprobs_T
-
-        def keep(rows: slice, values_NK: Tensor) -> None:
-            logprobs_T[start + 1 + rows.start : start + 1 + rows.stop] = values_NK[:, 0].cpu().numpy()
-
-        device = x_UD.device
-        targets_NK = torch.from_numpy(targets.astype(np.int64))[:, None].to(device)
-        rows_N = torch.arange(targets.shape[0], device=device)
-        run_head(self._base, x_UD, [HeadChunk(rows_N, targets_NK, Segment(0, 0, prompt.request.weights), keep)], None)
+    def _finish_reading(self, reading: Reading) -> list[DecodeEvent]:
+        """Let a sample that was read again decode on; tell what was asked about a prompt."""
+        prompt = reading.prompt
+        self.num_cached += reading.num_cached
+        if reading.sample is not None:
+            self._places.resume(reading)
+            return []
+        logprobs_T = reading.logprobs_T if reading.logprobs_T is not None else _EMPTY
+        event = PromptEvent(prompt.number, logprobs_T, reading.top, reading.targets_TK, reading.num_cached)
+        if not prompt.request.num_samples:
+            self.cancel(prompt.number)
+        return [event]
 
     def _draw(self, logits_NV: Tensor | None) -> list[DecodeEvent]:
         """Draw a token for every sample, and the first one for samples whose prompt is ready."""
-        born, rows = [], [] if logits_NV is None else [logits_NV]
-        for prompt in list(self._prompts.values()):
+        born: list[Sample] = []
+        rows = [] if logits_NV is None else [logits_NV]
+        for prompt in self._prompts.values():
             if prompt.logits_V is None:
                 continue
             for index in prompt.unborn:
-                born.append(Sample(prompt, index, sample_stream(prompt.request.params.seed, index)))
+                params = prompt.request.params
+                history = TokenHistory(prompt.request.prompt_T) if params.penalised else None
+                born.append(Sample(prompt, index, sample_stream(params.seed, index), history))
                 rows.append(prompt.logits_V[None])
             prompt.unborn = []
-        samples = self._samples + born
+        # Those that came back in this step have their newest token already, and no logits yet.
+        drawing = self._places.samples[: 0 if logits_NV is None else logits_NV.shape[0]]
+        resumed = self._places.samples[len(drawing) :]
+        samples = drawing + born
         if not samples:
             return []
         uniforms = [sample.stream.random() for sample in samples]
-        tokens, logprobs = draw(torch.cat(rows), [sample.prompt.request.params for sample in samples], uniforms)
+        asked = [sample.prompt.request.params for sample in samples]
+        drawn = draw(torch.cat(rows), asked, uniforms, [sample.history for sample in samples])
+        self._places.samples = resumed
+        return self._take_all(samples, drawn)
+
+    def _take_all(self, samples: Sequence[Sample], drawn: Drawn) -> list[DecodeEvent]:
+        """Append every sample's token; end the requests of those whose numbers are none."""
         events: list[DecodeEvent] = []
         failed: dict[int, Prompt] = {}
-        self._samples = []
-        for sample, token, logprob in zip(samples, tokens, logprobs, strict=True):
+        for row, (sample, token, logprob) in enumerate(zip(samples, drawn.tokens, drawn.logprobs, strict=True)):
             if not math.isfinite(logprob):
                 failed[sample.prompt.number] = sample.prompt
-                self._samples.append(sample)
+                self._places.samples.append(sample)
                 continue
-            events.append(self._take(sample, token, logprob))
-        self._drop_finished_prompts({sample.prompt.number: sample.prompt for sample in born}.values())
+            events.append(self._take(sample, token, logprob, drawn.logprobs_NV[row]))
         for prompt in failed.values():
-            error = EngineError("BAD_ADAPTER_FILE", "the model's logits are not finite numbers")
+            error = EngineError("NAN_LOGITS", "the model's logits are not finite numbers: its weights have diverged")
             events.append(FailedEvent(prompt.number, error))
-            self._forget(prompt, wipe=True)
+            del self._prompts[prompt.number]
+            self._places.forget(prompt, wipe=True)
+        for prompt in {sample.prompt.number: sample.prompt for sample in samples}.values():
+            if not prompt.num_unfinished and prompt.number in self._prompts:
+                self.cancel(prompt.number)
+            elif prompt.num_claimed == prompt.num_claims and not prompt.unborn:
+                self._places.drop_reading(prompt)
         return events
 
-    def _take(self, sample: Sample, token: int, logprob: float) -> TokenEvent:
+    def _take(self, sample: Sample, token: int, logprob: float, logprobs_V: Tensor) -> TokenEvent:
         """Append a token; keep the sample, or end it and free its place."""
         prompt = sample.prompt
         sample.tokens.append(token)
+        if sample.history is not None:
+            sample.history.add(token)
         stop = prompt.rule.check(sample.tokens)
         self.num_tokens += 1
+        top = top_tokens(logprobs_V[None], prompt.request.num_top) if prompt.request.num_top else None
         if stop is None:
-            if sample.slot is None:
-                sample.slot = self._cache.fork(_cache_of(prompt))
-            self._samples.append(sample)
+            self._places.keep(sample)
         else:
             prompt.num_unfinished -= 1
-            self._free_sample(sample)
-        return TokenEvent(prompt.number, sample.index, token, logprob, stop)
-
-    def _drop_finished_prompts(self, prompts: Iterable[Prompt]) -> None:
-        for prompt in prompts:
-            if prompt.num_claimed == prompt.num_claims:
-                self._free_prompt(prompt)
-        self._prompts = {
-            number: prompt
-            for number, prompt in self._prompts.items()
-            if prompt.num_unfinished or not prompt.request.num_samples
-        }
-
-    def _forget(self, prompt: Prompt, *, wipe: bool = False) -> None:
-        """Free all that a request holds; `wipe` what may hold values that are not finite."""
-        self._prompts.pop(prompt.number, None)
-        self._line.remove(prompt)
-        if prompt in self._filling:
-            self._filling.remove(prompt)
-        for sample in [sample for sample in self._samples if sample.prompt is prompt]:
-            self._samples.remove(sample)
-            self._free_sample(sample, wipe=wipe)
-        for _ in prompt.unborn:
-            self._free_claim(prompt)
-        if not prompt.request.num_samples and prompt.num_claimed:
-            self._free_claim(prompt)
-        prompt.unborn = []
-        self._free_prompt(prompt)
-
-    def _free_sample(self, sample: Sample, *, wipe: bool = False) -> None:
-        if sample.slot is not None:
-            self._cache.release(sample.slot, wipe=wipe)
-            sample.slot = None
-        self._free_claim(sample.prompt)
-
-    def _free_claim(self, prompt: Prompt) -> None:
-        self._free_places += 1
-        self._free_tokens += prompt.length + prompt.limit if prompt.request.num_samples else 0
-        self._line.give_back(prompt.request.owner)
-
-    def _free_prompt(self, prompt: Prompt) -> None:
-        if prompt.cache is not None:
-            self._free_tokens += prompt.length
-            prompt.cache = prompt.logits_V = None
+            self._places.end(sample)
+        return TokenEvent(prompt.number, sample.index, token, logprob, stop, top)
 
 
-def _start(prompt: Prompt) -> int:
-    return 0 if prompt.cache is None else prompt.cache.length
+_EMPTY = torch.empty(0, dtype=torch.float32).numpy()
 
 
-def _cache_of(prompt: Prompt) -> PromptCache:
-    assert prompt.cache is not None  # from its first claim to its last sample's birth
-    return prompt.cache
+def _wants_logits(reading: Reading) -> bool:
+    return reading.sample is None and reading.prompt.request.num_samples > 0
 
 
 def _by_adapter(samples: Sequence[Sample]) -> list[Sample]:

@@ -17,6 +17,9 @@ from treadle_engine.errors import EngineError
 MAX_SAMPLES = 1024
 _MAX_STOPS = 64
 _MAX_STOP_CHARACTERS = 1024
+_MAX_PENALTY = 10.0
+_MAX_BIAS = 100.0
+_MAX_BIASES = 1024
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def greedy(self) -> bool:
@@ -39,8 +47,13 @@ class SamplingParams:
 
     @property
     def filtered(self) -> bool:
-        """Tell whether top-k or top-p cuts the distribution."""
-        return self.top_k > 0 or self.top_p < 1.0
+        """Tell whether top-k, top-p or min-p cuts the distribution."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def penalised(self) -> bool:
+        """Tell whether the distribution depends on which tokens the text has already."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def check(self, vocab_size: int) -> None:
         """Raise BAD_SAMPLING_PARAMS or TOKEN_OUT_OF_RANGE for a value out of its range."""
@@ -52,15 +65,32 @@ class SamplingParams:
             raise _bad(f"top_k must be positive, or 0 or -1 for all tokens, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
             raise _bad(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        self._check_penalties()
         if not 0 <= self.seed < 2**64:
             raise _bad(f"seed must be 0..2^64-1, got {self.seed}")
         if len(self.stop_strings) > _MAX_STOPS or len(self.stop_tokens) > _MAX_STOPS:
             raise _bad(f"at most {_MAX_STOPS} stop strings and {_MAX_STOPS} stop tokens are allowed")
         if any(not 0 < len(stop) <= _MAX_STOP_CHARACTERS for stop in self.stop_strings):
             raise _bad(f"a stop string has 1 to {_MAX_STOP_CHARACTERS} characters")
-        for token in self.stop_tokens:
-            if not 0 <= token < vocab_size:
-                raise EngineError("TOKEN_OUT_OF_RANGE", f"stop token {token} is not in 0..{vocab_size - 1}")
+        biased = [token for token, _ in self.logit_bias]
+        for what, tokens in (("stop", self.stop_tokens), ("biased", biased)):
+            for token in tokens:
+                if not 0 <= token < vocab_size:
+                    raise EngineError("TOKEN_OUT_OF_RANGE", f"{what} token {token} is not in 0..{vocab_size - 1}")
+
+    def _check_penalties(self) -> None:
+        if not 0.0 <= self.min_p <= 1.0:
+            raise _bad(f"min_p must be 0..1, got {self.min_p}")
+        if not 0.0 < self.repetition_penalty <= _MAX_PENALTY:
+            raise _bad(f"repetition_penalty must be above 0 and at most {_MAX_PENALTY}, got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not abs(value) <= _MAX_PENALTY:
+                raise _bad(f"{name} must be -{_MAX_PENALTY}..{_MAX_PENALTY}, got {value}")
+        if len(self.logit_bias) > _MAX_BIASES or len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise _bad(f"logit_bias has at most {_MAX_BIASES} tokens, each once")
+        if not all(abs(bias) <= _MAX_BIAS for _, bias in self.logit_bias):
+            raise _bad(f"a logit_bias must be -{_MAX_BIAS}..{_MAX_BIAS}")
 
 
 def check_prompt(info: BaseInfo, prompt_T: npt.NDArray[np.int32]) -> None:

@@ -22,6 +22,7 @@ class Outcome:
     stops: dict[int, StopReason] = field(default_factory=dict)
     prompt_logprobs_T: npt.NDArray[np.float32] | None = None
     error: str | None = None
+    num_cached: int = 0
 
 
 def collect(outcomes: dict[int, Outcome], events: Sequence[DecodeEvent]) -> None:
@@ -31,7 +32,8 @@ def collect(outcomes: dict[int, Outcome], events: Sequence[DecodeEvent]) -> None
         if isinstance(event, FailedEvent):
             outcome.error = event.error.reason
         elif isinstance(event, PromptEvent):
-            outcome.prompt_logprobs_T = event.logprobs_T
+            outcome.prompt_logprobs_T = event.logprobs_T if event.logprobs_T.size else None
+            outcome.num_cached = event.num_cached
         elif isinstance(event, TokenEvent):
             assert event.index not in outcome.stops, "a token after the last one"
             outcome.tokens.setdefault(event.index, []).append(event.token)

@@ -15,7 +15,7 @@ from tests.sampler.driving import run
 from treadle_engine.base_model import BaseModel
 from treadle_engine.bases import PIP_NAME, pip_folder
 from treadle_engine.batch import TokenBatch
-from treadle_engine.decode import PREFILL_PART, Decoder
+from treadle_engine.decode import PREFILL_ROWS, Decoder
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.decode_requests import SampleRequest
 from treadle_engine.lora import AdapterWeights
@@ -120,8 +120,8 @@ def test_later_parts_attend_to_earlier_ones(
     base: DecodeBase, hub_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts cut into parts of 16 still decode as transformers does, next to others."""
-    monkeypatch.setattr("treadle_engine.decode.PREFILL_PART", 16)
-    assert PREFILL_PART > 16
+    monkeypatch.setattr("treadle_engine.decode.PREFILL_ROWS", 16)
+    assert PREFILL_ROWS > 16
     prompts = [make_prompt(length) for length in (40, 16, 75)]
     outcomes = run(Decoder(base), [SampleRequest(prompt, GREEDY) for prompt in prompts])
     for prompt, outcome in zip(prompts, outcomes, strict=True):

@@ -94,7 +94,7 @@ def test_a_poisoned_adapter_fails_alone(base: DecodeBase, adapters: list[Adapter
     expected = run(Decoder(base), good)
     decoder = Decoder(base)
     outcomes = run(decoder, [*bad, *good])
-    assert [outcome.error for outcome in outcomes[:3]] == ["BAD_ADAPTER_FILE"] * 3
+    assert [outcome.error for outcome in outcomes[:3]] == ["NAN_LOGITS"] * 3
     for one, two, three in zip(expected, outcomes[3:], run(decoder, good), strict=True):
         assert_same_bits(one, two)
         assert_same_bits(one, three)

@@ -22,7 +22,7 @@ PROBABILITIES = torch.tensor([0.05, 0.4, 0.25, 0.1, 0.2])
 def frequencies(params: SamplingParams, count: int = 4000) -> np.ndarray:
     """Return how often each of five tokens is drawn by `count` independent samples."""
     uniforms = [sample_stream(7, index).random() for index in range(count)]
-    tokens, _ = draw(PROBABILITIES.log().expand(count, 5), [params] * count, uniforms)
+    tokens, _, _ = draw(PROBABILITIES.log().expand(count, 5), [params] * count, uniforms)
     return np.bincount(tokens, minlength=5) / count
 
 
@@ -52,7 +52,7 @@ def test_logprobs_are_tempered_and_uncut() -> None:
     """Top-k and top-p leave log-probs alone, temperature does not; greedy answers temperature 1."""
     logits_NV = PROBABILITIES.log().expand(3, 5)
     params = [SamplingParams(top_k=1), SamplingParams(temperature=0.5, top_p=0.1), SamplingParams(temperature=0.0)]
-    tokens, logprobs = draw(logits_NV, params, [0.5] * 3)
+    tokens, logprobs, _ = draw(logits_NV, params, [0.5] * 3)
     assert tokens == [1, 1, 1]
     np.testing.assert_allclose(np.exp(logprobs), [0.4, 0.16 / 0.275, 0.4], rtol=1e-5)
 
@@ -171,4 +171,5 @@ def test_everything_is_given_back(base: DecodeBase) -> None:
     assert not decoder.has_work
     assert decoder.num_active == 0
     assert decoder.num_waiting == 0
+    decoder.forget_prefixes()
     assert decoder.num_cache_bytes == 0

@@ -25,31 +25,37 @@ _sym_db = _symbol_database.Default()
 from treadle.v1 import types_pb2 as treadle_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19treadle/v1/sampling.proto\x12\ntreadle.v1\x1a\x16treadle/v1/types.proto\"\xf9\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x06 \x03(\t\x12\x13\n\x0bstop_tokens\x18\x07 \x03(\x05\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"\x9f\x01\n\x0fSampledSequence\x12\"\n\x06tokens\x18\x01 \x01(\x0b\x32\x12.treadle.v1.Tokens\x12$\n\x08logprobs\x18\x02 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12+\n\x0bstop_reason\x18\x03 \x01(\x0e\x32\x16.treadle.v1.StopReason\x12\x15\n\rlogprobs_list\x18\x04 \x03(\x02\"\x9c\x01\n\rSampleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06prompt\x18\x02 \x01(\x0b\x32\x12.treadle.v1.Tokens\x12\x13\n\x0bnum_samples\x18\x03 \x01(\r\x12*\n\x06params\x18\x04 \x01(\x0b\x32\x1a.treadle.v1.SamplingParams\x12\x17\n\x0fprompt_logprobs\x18\x05 \x01(\x08\"\x9a\x01\n\x0eSampleResponse\x12.\n\tsequences\x18\x01 \x03(\x0b\x32\x1b.treadle.v1.SampledSequence\x12+\n\x0fprompt_logprobs\x18\x02 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12\r\n\x05model\x18\x03 \x01(\t\x12\x1c\n\x14prompt_logprobs_list\x18\x04 \x03(\x02\"A\n\x13StreamSampleRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.treadle.v1.SampleRequest\"\xd8\x01\n\x14StreamSampleResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.treadle.v1.Tokens\x12$\n\x08logprobs\x18\x03 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12+\n\x0bstop_reason\x18\x04 \x01(\x0e\x32\x16.treadle.v1.StopReason\x12+\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12\r\n\x05model\x18\x06 \x01(\t\"K\n\x16\x43omputeLogprobsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.treadle.v1.Tokens\"e\n\x17\x43omputeLogprobsResponse\x12$\n\x08logprobs\x18\x01 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12\x15\n\rlogprobs_list\x18\x02 \x03(\x02\x12\r\n\x05model\x18\x03 \x01(\t*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_REASON_STOP\x10\x01\x12\x16\n\x12STOP_REASON_LENGTH\x10\x02\x32\x83\x02\n\x0fSamplingService\x12?\n\x06Sample\x12\x19.treadle.v1.SampleRequest\x1a\x1a.treadle.v1.SampleResponse\x12S\n\x0cStreamSample\x12\x1f.treadle.v1.StreamSampleRequest\x1a .treadle.v1.StreamSampleResponse0\x01\x12Z\n\x0f\x43omputeLogprobs\x12\".treadle.v1.ComputeLogprobsRequest\x1a#.treadle.v1.ComputeLogprobsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19treadle/v1/sampling.proto\x12\ntreadle.v1\x1a\x16treadle/v1/types.proto\"\xe6\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x06 \x03(\t\x12\x13\n\x0bstop_tokens\x18\x07 \x03(\x05\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\r\n\x05min_p\x18\t \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x05\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12=\n\nlogit_bias\x18\r \x03(\x0b\x32).treadle.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"b\n\x0bTopLogprobs\x12\t\n\x01k\x18\x01 \x01(\r\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.treadle.v1.Tokens\x12$\n\x08logprobs\x18\x03 \x01(\x0b\x32\x12.treadle.v1.Tensor\"\xcf\x01\n\x0fSampledSequence\x12\"\n\x06tokens\x18\x01 \x01(\x0b\x32\x12.treadle.v1.Tokens\x12$\n\x08logprobs\x18\x02 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12+\n\x0bstop_reason\x18\x03 \x01(\x0e\x32\x16.treadle.v1.StopReason\x12\x15\n\rlogprobs_list\x18\x04 \x03(\x02\x12.\n\rtopk_logprobs\x18\x05 \x01(\x0b\x32\x17.treadle.v1.TopLogprobs\"\xc3\x02\n\rSampleRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06prompt\x18\x02 \x01(\x0b\x32\x12.treadle.v1.Tokens\x12\x13\n\x0bnum_samples\x18\x03 \x01(\r\x12*\n\x06params\x18\x04 \x01(\x0b\x32\x1a.treadle.v1.SamplingParams\x12\x17\n\x0fprompt_logprobs\x18\x05 \x01(\x08\x12\x15\n\rtopk_logprobs\x18\x06 \x01(\r\x12\x1c\n\x14topk_prompt_logprobs\x18\x07 \x01(\r\x12\x30\n\x14target_prompt_tokens\x18\x08 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12#\n\x16prompt_logprobs_last_n\x18\t \x01(\rH\x00\x88\x01\x01\x42\x19\n\x17_prompt_logprobs_last_n\"\xa6\x02\n\x0eSampleResponse\x12.\n\tsequences\x18\x01 \x03(\x0b\x32\x1b.treadle.v1.SampledSequence\x12+\n\x0fprompt_logprobs\x18\x02 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12\r\n\x05model\x18\x03 \x01(\t\x12\x1c\n\x14prompt_logprobs_list\x18\x04 \x03(\x02\x12\x35\n\x14topk_prompt_logprobs\x18\x05 \x01(\x0b\x32\x17.treadle.v1.TopLogprobs\x12\x32\n\x16target_prompt_logprobs\x18\x06 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12\x1f\n\x17prompt_cache_hit_tokens\x18\x07 \x01(\r\"A\n\x13StreamSampleRequest\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.treadle.v1.SampleRequest\"\x94\x03\n\x14StreamSampleResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.treadle.v1.Tokens\x12$\n\x08logprobs\x18\x03 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12+\n\x0bstop_reason\x18\x04 \x01(\x0e\x32\x16.treadle.v1.StopReason\x12+\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12\r\n\x05model\x18\x06 \x01(\t\x12.\n\rtopk_logprobs\x18\x07 \x01(\x0b\x32\x17.treadle.v1.TopLogprobs\x12\x35\n\x14topk_prompt_logprobs\x18\x08 \x01(\x0b\x32\x17.treadle.v1.TopLogprobs\x12\x32\n\x16target_prompt_logprobs\x18\t \x01(\x0b\x32\x12.treadle.v1.Tensor\x12\x1f\n\x17prompt_cache_hit_tokens\x18\n \x01(\r\"\x8b\x01\n\x16\x43omputeLogprobsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.treadle.v1.Tokens\x12#\n\x16prompt_logprobs_last_n\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x19\n\x17_prompt_logprobs_last_n\"e\n\x17\x43omputeLogprobsResponse\x12$\n\x08logprobs\x18\x01 \x01(\x0b\x32\x12.treadle.v1.Tensor\x12\x15\n\rlogprobs_list\x18\x02 \x03(\x02\x12\r\n\x05model\x18\x03 \x01(\t*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_REASON_STOP\x10\x01\x12\x16\n\x12STOP_REASON_LENGTH\x10\x02\x32\x83\x02\n\x0fSamplingService\x12?\n\x06Sample\x12\x19.treadle.v1.SampleRequest\x1a\x1a.treadle.v1.SampleResponse\x12S\n\x0cStreamSample\x12\x1f.treadle.v1.StreamSampleRequest\x1a .treadle.v1.StreamSampleResponse0\x01\x12Z\n\x0f\x43omputeLogprobs\x12\".treadle.v1.ComputeLogprobsRequest\x1a#.treadle.v1.ComputeLogprobsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'treadle.v1.sampling_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STOPREASON']._serialized_start=1261
-  _globals['_STOPREASON']._serialized_end=1348
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_STOPREASON']._serialized_start=2206
+  _globals['_STOPREASON']._serialized_end=2293
   _globals['_SAMPLINGPARAMS']._serialized_start=66
-  _globals['_SAMPLINGPARAMS']._serialized_end=315
-  _globals['_SAMPLEDSEQUENCE']._serialized_start=318
-  _globals['_SAMPLEDSEQUENCE']._serialized_end=477
-  _globals['_SAMPLEREQUEST']._serialized_start=480
-  _globals['_SAMPLEREQUEST']._serialized_end=636
-  _globals['_SAMPLERESPONSE']._serialized_start=639
-  _globals['_SAMPLERESPONSE']._serialized_end=793
-  _globals['_STREAMSAMPLEREQUEST']._serialized_start=795
-  _globals['_STREAMSAMPLEREQUEST']._serialized_end=860
-  _globals['_STREAMSAMPLERESPONSE']._serialized_start=863
-  _globals['_STREAMSAMPLERESPONSE']._serialized_end=1079
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=1081
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=1156
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=1158
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=1259
-  _globals['_SAMPLINGSERVICE']._serialized_start=1351
-  _globals['_SAMPLINGSERVICE']._serialized_end=1610
+  _globals['_SAMPLINGPARAMS']._serialized_end=552
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=421
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=469
+  _globals['_TOPLOGPROBS']._serialized_start=554
+  _globals['_TOPLOGPROBS']._serialized_end=652
+  _globals['_SAMPLEDSEQUENCE']._serialized_start=655
+  _globals['_SAMPLEDSEQUENCE']._serialized_end=862
+  _globals['_SAMPLEREQUEST']._serialized_start=865
+  _globals['_SAMPLEREQUEST']._serialized_end=1188
+  _globals['_SAMPLERESPONSE']._serialized_start=1191
+  _globals['_SAMPLERESPONSE']._serialized_end=1485
+  _globals['_STREAMSAMPLEREQUEST']._serialized_start=1487
+  _globals['_STREAMSAMPLEREQUEST']._serialized_end=1552
+  _globals['_STREAMSAMPLERESPONSE']._serialized_start=1555
+  _globals['_STREAMSAMPLERESPONSE']._serialized_end=1959
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=1962
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=2101
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=2103
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=2204
+  _globals['_SAMPLINGSERVICE']._serialized_start=2296
+  _globals['_SAMPLINGSERVICE']._serialized_end=2555
 # @@protoc_insertion_point(module_scope)

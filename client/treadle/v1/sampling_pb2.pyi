@@ -18,7 +18,14 @@ STOP_REASON_STOP: StopReason
 STOP_REASON_LENGTH: StopReason
 
 class SamplingParams(_message.Message):
-    __slots__ = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop_strings", "stop_tokens", "ignore_eos")
+    __slots__ = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop_strings", "stop_tokens", "ignore_eos", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+    class LogitBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +34,11 @@ class SamplingParams(_message.Message):
     STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     temperature: float
     top_k: int
@@ -35,45 +47,76 @@ class SamplingParams(_message.Message):
     stop_strings: _containers.RepeatedScalarFieldContainer[str]
     stop_tokens: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ...) -> None: ...
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: _containers.ScalarMap[int, float]
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_tokens: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ...) -> None: ...
+
+class TopLogprobs(_message.Message):
+    __slots__ = ("k", "tokens", "logprobs")
+    K_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    k: int
+    tokens: _types_pb2.Tokens
+    logprobs: _types_pb2.Tensor
+    def __init__(self, k: _Optional[int] = ..., tokens: _Optional[_Union[_types_pb2.Tokens, _Mapping]] = ..., logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class SampledSequence(_message.Message):
-    __slots__ = ("tokens", "logprobs", "stop_reason", "logprobs_list")
+    __slots__ = ("tokens", "logprobs", "stop_reason", "logprobs_list", "topk_logprobs")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     STOP_REASON_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_LIST_FIELD_NUMBER: _ClassVar[int]
+    TOPK_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     tokens: _types_pb2.Tokens
     logprobs: _types_pb2.Tensor
     stop_reason: StopReason
     logprobs_list: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, tokens: _Optional[_Union[_types_pb2.Tokens, _Mapping]] = ..., logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., stop_reason: _Optional[_Union[StopReason, str]] = ..., logprobs_list: _Optional[_Iterable[float]] = ...) -> None: ...
+    topk_logprobs: TopLogprobs
+    def __init__(self, tokens: _Optional[_Union[_types_pb2.Tokens, _Mapping]] = ..., logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., stop_reason: _Optional[_Union[StopReason, str]] = ..., logprobs_list: _Optional[_Iterable[float]] = ..., topk_logprobs: _Optional[_Union[TopLogprobs, _Mapping]] = ...) -> None: ...
 
 class SampleRequest(_message.Message):
-    __slots__ = ("model", "prompt", "num_samples", "params", "prompt_logprobs")
+    __slots__ = ("model", "prompt", "num_samples", "params", "prompt_logprobs", "topk_logprobs", "topk_prompt_logprobs", "target_prompt_tokens", "prompt_logprobs_last_n")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOPK_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOPK_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_LAST_N_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: _types_pb2.Tokens
     num_samples: int
     params: SamplingParams
     prompt_logprobs: bool
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Union[_types_pb2.Tokens, _Mapping]] = ..., num_samples: _Optional[int] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., prompt_logprobs: bool = ...) -> None: ...
+    topk_logprobs: int
+    topk_prompt_logprobs: int
+    target_prompt_tokens: _types_pb2.Tensor
+    prompt_logprobs_last_n: int
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Union[_types_pb2.Tokens, _Mapping]] = ..., num_samples: _Optional[int] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., prompt_logprobs: bool = ..., topk_logprobs: _Optional[int] = ..., topk_prompt_logprobs: _Optional[int] = ..., target_prompt_tokens: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., prompt_logprobs_last_n: _Optional[int] = ...) -> None: ...
 
 class SampleResponse(_message.Message):
-    __slots__ = ("sequences", "prompt_logprobs", "model", "prompt_logprobs_list")
+    __slots__ = ("sequences", "prompt_logprobs", "model", "prompt_logprobs_list", "topk_prompt_logprobs", "target_prompt_logprobs", "prompt_cache_hit_tokens")
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_LIST_FIELD_NUMBER: _ClassVar[int]
+    TOPK_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_CACHE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sequences: _containers.RepeatedCompositeFieldContainer[SampledSequence]
     prompt_logprobs: _types_pb2.Tensor
     model: str
     prompt_logprobs_list: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, sequences: _Optional[_Iterable[_Union[SampledSequence, _Mapping]]] = ..., prompt_logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., model: _Optional[str] = ..., prompt_logprobs_list: _Optional[_Iterable[float]] = ...) -> None: ...
+    topk_prompt_logprobs: TopLogprobs
+    target_prompt_logprobs: _types_pb2.Tensor
+    prompt_cache_hit_tokens: int
+    def __init__(self, sequences: _Optional[_Iterable[_Union[SampledSequence, _Mapping]]] = ..., prompt_logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., model: _Optional[str] = ..., prompt_logprobs_list: _Optional[_Iterable[float]] = ..., topk_prompt_logprobs: _Optional[_Union[TopLogprobs, _Mapping]] = ..., target_prompt_logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., prompt_cache_hit_tokens: _Optional[int] = ...) -> None: ...
 
 class StreamSampleRequest(_message.Message):
     __slots__ = ("request",)
@@ -82,28 +125,38 @@ class StreamSampleRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[SampleRequest, _Mapping]] = ...) -> None: ...
 
 class StreamSampleResponse(_message.Message):
-    __slots__ = ("index", "tokens", "logprobs", "stop_reason", "prompt_logprobs", "model")
+    __slots__ = ("index", "tokens", "logprobs", "stop_reason", "prompt_logprobs", "model", "topk_logprobs", "topk_prompt_logprobs", "target_prompt_logprobs", "prompt_cache_hit_tokens")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     STOP_REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    TOPK_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOPK_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_CACHE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     index: int
     tokens: _types_pb2.Tokens
     logprobs: _types_pb2.Tensor
     stop_reason: StopReason
     prompt_logprobs: _types_pb2.Tensor
     model: str
-    def __init__(self, index: _Optional[int] = ..., tokens: _Optional[_Union[_types_pb2.Tokens, _Mapping]] = ..., logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., stop_reason: _Optional[_Union[StopReason, str]] = ..., prompt_logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
+    topk_logprobs: TopLogprobs
+    topk_prompt_logprobs: TopLogprobs
+    target_prompt_logprobs: _types_pb2.Tensor
+    prompt_cache_hit_tokens: int
+    def __init__(self, index: _Optional[int] = ..., tokens: _Optional[_Union[_types_pb2.Tokens, _Mapping]] = ..., logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., stop_reason: _Optional[_Union[StopReason, str]] = ..., prompt_logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., model: _Optional[str] = ..., topk_logprobs: _Optional[_Union[TopLogprobs, _Mapping]] = ..., topk_prompt_logprobs: _Optional[_Union[TopLogprobs, _Mapping]] = ..., target_prompt_logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., prompt_cache_hit_tokens: _Optional[int] = ...) -> None: ...
 
 class ComputeLogprobsRequest(_message.Message):
-    __slots__ = ("model", "tokens")
+    __slots__ = ("model", "tokens", "prompt_logprobs_last_n")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_LAST_N_FIELD_NUMBER: _ClassVar[int]
     model: str
     tokens: _types_pb2.Tokens
-    def __init__(self, model: _Optional[str] = ..., tokens: _Optional[_Union[_types_pb2.Tokens, _Mapping]] = ...) -> None: ...
+    prompt_logprobs_last_n: int
+    def __init__(self, model: _Optional[str] = ..., tokens: _Optional[_Union[_types_pb2.Tokens, _Mapping]] = ..., prompt_logprobs_last_n: _Optional[int] = ...) -> None: ...
 
 class ComputeLogprobsResponse(_message.Message):
     __slots__ = ("logprobs", "logprobs_list", "model")
