@@ -7,7 +7,7 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("foundation", "memory", "recovery", "rl", "service", "store", "training", "weights")
+NAMES = ("agreement", "foundation", "memory", "recovery", "rl", "sampling", "service", "store", "training", "weights")
 
 
 def main() -> None:

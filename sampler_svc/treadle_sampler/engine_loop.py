@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from treadle.errors import make_error
-from treadle_engine.decode import Decoder
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.decode_requests import DecodeEvent, FailedEvent, SampleRequest
 from treadle_engine.errors import EngineError
+from treadle_sampler.backend import SamplerBackend
 from treadle_sampler.trace import DecodeStep, StepTrace
 from treadle_service.logs import get_logger
 
@@ -56,12 +56,12 @@ class EngineLoop:
         self.trace = StepTrace()
         self._max_requests = max_requests
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._decoder: Decoder | None = None
+        self._decoder: SamplerBackend | None = None
         self._subscriptions: dict[int, _Subscription] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="sampler-engine", daemon=True)
 
-    async def start(self, load: Callable[[], tuple[DecodeBase, Decoder]]) -> DecodeBase:
+    async def start(self, load: Callable[[], tuple[DecodeBase, SamplerBackend]]) -> DecodeBase:
         """Start the thread, load the base and its decoder on it, and return the base."""
         self._thread.start()
 
@@ -124,7 +124,7 @@ class EngineLoop:
         self._stopping = True
 
     @property
-    def _ready(self) -> Decoder:
+    def _ready(self) -> SamplerBackend:
         if self._decoder is None:
             raise EngineError("UNAVAILABLE", "the base is still loading")
         return self._decoder
@@ -138,7 +138,7 @@ class EngineLoop:
             elif self._decoder is not None:
                 self._step(self._decoder)
 
-    def _step(self, decoder: Decoder) -> None:
+    def _step(self, decoder: SamplerBackend) -> None:
         started, began = time.time(), time.monotonic()
         num_sequences, num_tokens = decoder.num_active, decoder.num_tokens
         try:

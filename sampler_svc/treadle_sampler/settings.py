@@ -22,7 +22,9 @@ class SamplerSettings(WorkerSettings):
         description="id of this sampler, stable over restarts",
     )
     max_sequences: int = Field(64, ge=1, description="sequences that decode at the same time")
-    max_cache_tokens: int = Field(65_536, ge=1, description="positions of keys and values promised to sequences")
+    max_cache_tokens: int = Field(
+        65_536, ge=1, description="positions of keys and values held at once; at least four contexts"
+    )
     max_requests: int = Field(1024, ge=1, description="requests that run or wait; beyond it QUEUE_FULL")
     max_cached_adapters: int = Field(1024, ge=1, description="revisions kept in memory")
     max_cached_bytes: int = Field(4 * 2**30, ge=1, description="bytes of revisions kept in memory")

@@ -90,9 +90,14 @@ def test_log_probs_are_those_after_bias_penalties_and_temperature() -> None:
 def test_a_rows_draw_does_not_depend_on_the_other_rows() -> None:
     """Every way of drawing gives the same token and log-prob alone and among all others."""
     ways = [
-        SamplingParams(), SamplingParams(top_k=7), SamplingParams(top_p=0.7), SamplingParams(min_p=0.1, temperature=2.0),
-        SamplingParams(temperature=0.0), SamplingParams(temperature=90.0, top_p=0.95), SamplingParams(frequency_penalty=1.0),
-    ]  # fmt: skip
+        SamplingParams(),
+        SamplingParams(top_k=7),
+        SamplingParams(top_p=0.7),
+        SamplingParams(min_p=0.1, temperature=2.0),
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=90.0, top_p=0.95),
+        SamplingParams(frequency_penalty=1.0),
+    ]
     for vocabulary in (1024, 4099):
         rows_NV = torch.cat([logits_of(vocabulary, seed) for seed in range(28)])
         params = [ways[row % len(ways)] for row in range(28)]
