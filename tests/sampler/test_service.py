@@ -17,6 +17,7 @@ from tests.sampler.driving import run
 from tests.sampler.harness import Bench, as_tenant, ask, floats_of, serving, tokens_of
 from treadle.errors import from_rpc_error
 from treadle.internal.v1 import sampler_pb2
+from treadle.tensors import tensor_from_numpy
 from treadle.v1 import sampling_pb2, types_pb2
 from treadle.wire import decode_tokens, encode_tokens
 from treadle_engine.bases import PIP_NAME
@@ -222,3 +223,40 @@ async def test_empty_and_packed_prompts_round_trip(bench: Bench) -> None:
     request = ask(length=1, num_samples=0)
     request.prompt.CopyFrom(encode_tokens(make_prompt(1)))
     assert len(tokens_of(await bench.sample(request))) == 1
+
+
+async def test_tables_and_parameters_cross_the_wire(bench: Bench) -> None:
+    """Bias, penalties and tables of log-probs do over gRPC, in one answer and streamed, what they do in the engine."""
+    request = ask(length=100, max_tokens=4)
+    request.params.logit_bias[77] = 100.0
+    request.params.presence_penalty = 10.0
+    request.topk_logprobs, request.topk_prompt_logprobs = 3, 2
+    targets = np.stack([make_prompt(100), np.full(100, -1, dtype=np.int32)], axis=1)
+    request.target_prompt_tokens.CopyFrom(tensor_from_numpy(targets))
+    request.prompt_logprobs = True
+    whole = await bench.sample(request)
+    (sequence,) = whole.sequences
+    assert decode_tokens(sequence.tokens).tolist() == [77] * 4
+    assert decode_tokens(sequence.topk_logprobs.tokens).reshape(4, 3)[:, 0].tolist() == [77] * 4
+    assert floats_of(sequence.topk_logprobs.logprobs)[::3] == floats_of(sequence.logprobs)
+    assert floats_of(whole.target_prompt_logprobs)[2::2] == floats_of(whole.prompt_logprobs)[1:]
+    assert len(decode_tokens(whole.topk_prompt_logprobs.tokens)) == 200
+    asked = sampling_pb2.StreamSampleRequest(request=request)
+    messages = [one async for one in bench.sampling.StreamSample(asked, metadata=as_tenant("acme"), timeout=60)]
+    assert messages[0].topk_prompt_logprobs == whole.topk_prompt_logprobs
+    assert messages[0].target_prompt_logprobs.data == whole.target_prompt_logprobs.data
+    assert floats_of(messages[3].topk_logprobs.logprobs) == floats_of(sequence.topk_logprobs.logprobs)[-3:]
+
+
+async def test_a_known_beginning_is_counted(bench: Bench) -> None:
+    """The second request with a prompt computes its end alone, and says so; the tokens are the same."""
+    first, second = await bench.sample(ask(length=140)), await bench.sample(ask(length=140))
+    assert (first.prompt_cache_hit_tokens, second.prompt_cache_hit_tokens) == (0, 128)
+    assert tokens_of(first) == tokens_of(second)
+
+
+async def test_tables_that_fit_no_message_are_refused(bench: Bench) -> None:
+    """Who asks for the whole vocabulary at every position of a long prompt reads how much fits."""
+    request = ask(length=500, max_tokens=1)
+    request.topk_prompt_logprobs = 1024
+    assert await bench.refusal(request) == "BAD_SAMPLING_PARAMS"
