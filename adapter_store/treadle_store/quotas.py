@@ -48,8 +48,8 @@ _PAY: Final = {
 QuotaRow = Row[*tuple[object, ...]]
 
 
-def set_quota(connection: Connection, tenant: str, quota: admin_pb2.Quota) -> admin_pb2.Quota:
-    """Replaces a tenant's quota; what it owes stays owed. Raises TENANT_NOT_FOUND or BAD_VALUE."""
+def set_quota(connection: Connection, tenant: str, quota: admin_pb2.Quota, now_us: int) -> admin_pb2.Quota:
+    """Replaces a tenant's quota; tokens that it owes stay owed, at the new rate. TENANT_NOT_FOUND, BAD_VALUE."""
     _require_tenant(connection, tenant)
     limits = {name: getattr(quota, name) if quota.HasField(name) else None for name in _LIMITS}
     for name, limit in limits.items():
@@ -57,8 +57,13 @@ def set_quota(connection: Connection, tenant: str, quota: admin_pb2.Quota) -> ad
             raise make_error("BAD_VALUE", f"{name} is beyond 2^53; leave it unset for no limit")
         if limit == 0 and name.endswith("per_minute"):
             raise make_error("BAD_VALUE", f"{name} must be at least 1; revoke the keys, or their scope, to stop it")
-    row = {"tenant": tenant, "training_paid_us": 0, "sampling_paid_us": 0, **limits}
-    insert_or_update(connection, quotas, [row], replace=_LIMITS)
+    before = connection.execute(_LOCK, {"of_tenant": tenant}).one_or_none()
+    row: dict[str, object] = {"tenant": tenant, "training_paid_us": 0, "sampling_paid_us": 0, **limits}
+    if before is not None:
+        training = (before.training_paid_us, before.training_tokens_per_minute, limits["training_tokens_per_minute"])
+        sampling = (before.sampling_paid_us, before.sampling_tokens_per_minute, limits["sampling_tokens_per_minute"])
+        row |= {"training_paid_us": _at_rate(*training, now_us), "sampling_paid_us": _at_rate(*sampling, now_us)}
+    insert_or_update(connection, quotas, [row], replace=(*_LIMITS, "training_paid_us", "sampling_paid_us"))
     return get_quota(connection, tenant)
 
 
@@ -165,6 +170,13 @@ def count_active_runs(connection: Connection, tenant: str, now_us: int) -> int:
 def budgets_of(connection: Connection, names: Sequence[str], now_us: int) -> list[usage_pb2.Budget]:
     """Returns what each of the tenants may use now."""
     return [budget_of(connection, tenant, now_us) for tenant in names]
+
+
+def _at_rate(paid_us: int, old: int | None, new: int | None, now_us: int) -> int:
+    """Returns when the same tokens are paid for at another rate; without a rate nothing is owed."""
+    if not old or not new:
+        return 0
+    return min(now_us + (max(paid_us, now_us - MINUTE_US) - now_us) * old // new, 2**62)
 
 
 def _active(tenant: str, now_us: int) -> ColumnElement[bool]:

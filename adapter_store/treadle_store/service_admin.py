@@ -87,7 +87,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def SetQuota(self, request: admin_pb2.SetQuotaRequest, context: object) -> admin_pb2.SetQuotaResponse:
         """Sets what a tenant may use."""
         current_principal().require("admin")
-        body = partial(quotas.set_quota, tenant=request.tenant, quota=request.quota)
+        body = partial(quotas.set_quota, tenant=request.tenant, quota=request.quota, now_us=self._clock())
         return admin_pb2.SetQuotaResponse(quota=await self._database.write(body))
 
     async def GetQuota(self, request: admin_pb2.GetQuotaRequest, context: object) -> admin_pb2.GetQuotaResponse:

@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 from grpc_status import rpc_status
 
-from treadle.errors import TreadleError, UnavailableError, from_rpc_error
+from treadle.errors import LimitError, TreadleError, UnavailableError, from_rpc_error
 from treadle.settings import ClientSettings
 
 T = TypeVar("T")
@@ -123,6 +123,9 @@ class Transport:
                 self._reached = True
                 return answer
             patience = self.settings.retry_seconds if self._reached else self.settings.first_contact_seconds
+            if isinstance(failure, LimitError):
+                # The service is there and says when to come again.
+                patience = self.settings.give_up_after_seconds
             if not again or self._loop.time() - began > patience:
                 raise self._explained(failure)
             _log.info("call failed, trying again: %s", failure)

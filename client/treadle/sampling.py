@@ -15,7 +15,7 @@ import grpc.aio
 
 from treadle.channel import Backoff, Transport, failure_of
 from treadle.convert import prompt_logprobs_from, sampling_to_proto, sequence_from, stop_reason_from, top_from
-from treadle.errors import BadSamplingParamsError, TreadleError
+from treadle.errors import BadSamplingParamsError, LimitError, TreadleError
 from treadle.futures import Handle
 from treadle.tensors import tensor_from_numpy
 from treadle.tokenizers import load_tokenizer
@@ -206,7 +206,10 @@ class SampleStream:
             except grpc.aio.AioRpcError as error:
                 failure, again = failure_of(error)
                 failing_since = failing_since or loop.time()
-                if not again or loop.time() - failing_since > self._transport.settings.retry_seconds:
+                settings = self._transport.settings
+                limited = isinstance(failure, LimitError)
+                patience = settings.give_up_after_seconds if limited else settings.retry_seconds
+                if not again or loop.time() - failing_since > patience:
                     raise failure from None
                 await self._reopen_later(failure)
                 continue

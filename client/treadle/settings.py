@@ -20,7 +20,8 @@ class ClientSettings:
     # A service that has answered before is waited for this long, over restarts; one that never has, not so long.
     retry_seconds: float = 120.0
     first_contact_seconds: float = 5.0
-    # A run's stream gives up after this long without a connection or a result.
+    # A run's stream gives up after this long without a connection or a result; a call that is over a limit of the
+    # service, or of the tenant's quota, waits as the service says and gives up after this long.
     give_up_after_seconds: float = 600.0
     # Longest wait for one answer of a control call, and of a sampling call.
     call_seconds: float = 60.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -25,6 +25,8 @@ from treadle.internal.v1 import (
     journal_pb2_grpc,
     revisions_pb2,
     revisions_pb2_grpc,
+    usage_pb2,
+    usage_pb2_grpc,
     workers_pb2,
     workers_pb2_grpc,
 )
@@ -66,6 +68,7 @@ class StoreClient:
         self._journal = journal_pb2_grpc.JournalServiceStub(self._channel)
         self._workers = workers_pb2_grpc.WorkerServiceStub(self._channel)
         self._revisions = revisions_pb2_grpc.RevisionServiceStub(self._channel)
+        self._usage = usage_pb2_grpc.UsageServiceStub(self._channel)
         self._blobs = blobs_pb2_grpc.BlobServiceStub(self._blob_channel)
 
     async def close(self) -> None:
@@ -101,6 +104,17 @@ class StoreClient:
     async def unregister(self, worker: str) -> None:
         """Says that this worker goes."""
         await self._unary(self._workers.Unregister, workers_pb2.UnregisterRequest(worker=worker))
+
+    async def get_budgets(self, tenants: Sequence[str]) -> Sequence[usage_pb2.Budget]:
+        """Returns what tenants may use now. Asks once."""
+        request = usage_pb2.GetBudgetsRequest(tenants=tenants)
+        response: usage_pb2.GetBudgetsResponse = await self._unary(self._usage.GetBudgets, request)
+        return response.budgets
+
+    async def report_usage(self, request: usage_pb2.ReportUsageRequest) -> Sequence[usage_pb2.Budget]:
+        """Records use; returns what its tenants may use now. Asks once; the same report again does no harm."""
+        response: usage_pb2.ReportUsageResponse = await self._unary(self._usage.ReportUsage, request)
+        return response.budgets
 
     async def put_blob(self, data: bytes) -> str:
         """Stores bytes and returns their sha256."""

@@ -45,10 +45,8 @@ async def build(host: ServiceHost, settings: SamplerSettings) -> AsyncIterator[N
         sampler = Sampler(settings, engine, base, store, host.advertised)
         await sampler.registration.reach()
         host.on_drain(sampler.drain)
-        tasks = [
-            asyncio.create_task(sampler.registration.run_forever()),
-            asyncio.create_task(sampler.watch.run_forever()),
-        ]
+        works = (sampler.registration.run_forever, sampler.watch.run_forever, sampler.metering.run_forever)
+        tasks = [asyncio.create_task(work()) for work in works]
         try:
             slot.fill(sampler)
             await host.set_ready(True)
@@ -57,6 +55,8 @@ async def build(host: ServiceHost, settings: SamplerSettings) -> AsyncIterator[N
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+            # What the calls that ended last have used.
+            await sampler.metering.report()
     finally:
         await engine.stop()
         await store.close()

@@ -17,11 +17,12 @@ from treadle.names import is_adapter, parse_adapter
 from treadle.v1 import admin_pb2
 from treadle_engine.base_model import BaseInfo
 from treadle_engine.decode_base import DecodeBase
-from treadle_engine.decode_requests import DecodeEvent, FailedEvent, SampleRequest
+from treadle_engine.decode_requests import DecodeEvent, FailedEvent, SampleRequest, TokenEvent
 from treadle_engine.errors import EngineError
 from treadle_engine.lora import AdapterWeights
 from treadle_sampler.adapter_cache import AdapterCache
 from treadle_sampler.engine_loop import EngineLoop
+from treadle_sampler.metering import Metering
 from treadle_sampler.revision_source import StoreSource, model_not_found
 from treadle_sampler.settings import SamplerSettings
 from treadle_sampler.watch import RevisionWatch
@@ -43,6 +44,7 @@ class Sampler:
         self._info: BaseInfo = base.info
         worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_SAMPLER, address=address)
         self.registration = Registration(store, worker, base.info, settings.heartbeat_seconds, self._load_now)
+        self.metering = Metering(store, settings.worker, lambda: engine.trace.busy_seconds)
         self.cache: AdapterCache[AdapterWeights] = AdapterCache(
             StoreSource(store, base, settings.delta_bytes),
             time.monotonic,
@@ -76,21 +78,34 @@ class Sampler:
         """Yields the events of a request to a model; raises TreadleError."""
         if self.draining:
             raise make_error("DRAINING", "this sampler takes no new work; try again")
+        prompt_tokens = len(request.prompt_T)
+        longest = request.params.max_tokens or self._info.max_context
+        expected = prompt_tokens + request.num_samples * max(0, min(longest, self._info.max_context - prompt_tokens))
         try:
-            async with self.model(model, principal) as weights:
+            async with (
+                self.model(model, principal) as weights,
+                self.metering.request(principal.tenant, model, expected) as meter,
+            ):
                 owned = replace(request, weights=weights, owner=principal.tenant)
                 async with aclosing(self.engine.sample(owned)) as events:
+                    began = False
                     async for event in events:
                         if isinstance(event, FailedEvent):
                             raise event.error
+                        if not began:
+                            began = True
+                            meter.prompt(prompt_tokens)
+                        if isinstance(event, TokenEvent):
+                            meter.sampled()
                         yield event
         except EngineError as error:
             raise make_error(error.reason, error.message) from error
 
     async def drain(self) -> None:
-        """Takes no new work, and tells the store."""
+        """Takes no new work, and tells the store, also what was used."""
         self.draining = True
         await self.registration.end()
+        await self.metering.report()
 
     def _note_served(self, run: str) -> None:
         """Remembers the last runs that requests came for."""

@@ -79,6 +79,21 @@ async def test_a_result_is_charged_once_however_often_it_is_written(store, clock
     assert [(part.run, part.usage) for part in used.runs] == [(run, used.total)]
 
 
+async def test_a_debt_is_in_tokens_whatever_the_rate(store):
+    """A raised quota is felt at once, a lowered one is not a pardon, and lifting the limit is one."""
+    admin = await limited(store, training_tokens_per_minute=600)
+    run = await store.new_run()
+    epoch = await store.claim(run)
+    await store.write(done(run, epoch, 1, 1800))
+    for rate, debt in ((600, 120.0), (6000, 12.0), (60, 1200.0)):
+        quota = admin_pb2.Quota(training_tokens_per_minute=rate)
+        await admin.SetQuota(admin_pb2.SetQuotaRequest(tenant="acme", quota=quota))
+        assert await debt_of(store) == pytest.approx(debt, abs=0.1)
+    await admin.SetQuota(admin_pb2.SetQuotaRequest(tenant="acme", quota=admin_pb2.Quota()))
+    await admin.SetQuota(admin_pb2.SetQuotaRequest(tenant="acme", quota=quota))
+    assert await debt_of(store) == -60.0
+
+
 async def test_a_claim_says_what_may_be_used(store):
     """A trainer that meets a tenant for the first time need not ask."""
     await limited(store, training_tokens_per_minute=60, max_unfinished_operations=5)
@@ -207,7 +222,7 @@ def test_a_bucket_gives_its_rate_and_one_minute_ahead(rate, charges):
     with engine.begin() as connection:
         tables.metadata.create_all(connection)
         identity.create_tenant(connection, "acme", 0)
-        quotas.set_quota(connection, "acme", admin_pb2.Quota(training_tokens_per_minute=rate))
+        quotas.set_quota(connection, "acme", admin_pb2.Quota(training_tokens_per_minute=rate), now_us)
         for pause_us, num_tokens in charges:
             now_us += pause_us
             level = min(level + pause_us * rate / 60e6, float(rate)) - num_tokens

@@ -206,8 +206,9 @@ class DeviceLoop:
                 return
             finally:
                 self._stepping.discard(resident)
+                op.work.device_seconds = time.monotonic() - began
                 # The shortest so far: the others waited for a processor, or for other runs' steps.
-                resident.step_seconds = min(resident.step_seconds or math.inf, time.monotonic() - began)
+                resident.step_seconds = min(resident.step_seconds or math.inf, op.work.device_seconds)
             if resident.closed is not None:
                 return
             failpoints.reach("trainer.step")
@@ -266,6 +267,9 @@ class DeviceLoop:
         shares = [(pick.resident.name, pick.op.seq, chunk.batch.num_tokens) for pick, chunk in pairs]
         self._trace.add(started, took, shares, self._steps_beside, usual * self._pace.factor)
         self._pace.learn(usual, took)
+        num_tokens = sum(share[2] for share in shares)
+        for pick, share in zip(picked, shares, strict=True):
+            pick.op.work.device_seconds += took * share[2] / max(num_tokens, 1)
         for pick, result in zip(picked, results, strict=fault is None):
             pick.work.results.append(result)
         seen: set[tuple[str, int]] = set()

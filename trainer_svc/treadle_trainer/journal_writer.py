@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from treadle.errors import TreadleError
-from treadle.internal.v1 import journal_pb2
+from treadle.internal.v1 import journal_pb2, usage_pb2
 from treadle.v1 import types_pb2
 from treadle_service import failpoints
 from treadle_service.logs import get_logger
@@ -77,7 +77,9 @@ class JournalWriter:
         store: JournalClient,
         on_written: Callable[[Written], None],
         on_refused: Callable[[str, types_pb2.OperationError], None],
+        on_budgets: Callable[[Sequence[usage_pb2.Budget]], None],
     ) -> None:
+        self._on_budgets = on_budgets
         self._store = store
         self._on_written, self._on_refused = on_written, on_refused
         self._pending: dict[str, _Pending] = {}
@@ -108,9 +110,11 @@ class JournalWriter:
         pending.appends.append(entry)
         self._wake.set()
 
-    def commit(self, run: str, seq: int, result: bytes, state_digest: bytes) -> None:
-        """Queues a result, the one after the last."""
-        commit = journal_pb2.JournalCommit(seq=seq, result=result, state_digest=state_digest)
+    def commit(self, run: str, seq: int, result: bytes, state_digest: bytes, num_tokens: int, device_us: int) -> None:
+        """Queues a result, the one after the last, with what it cost."""
+        commit = journal_pb2.JournalCommit(
+            seq=seq, result=result, state_digest=state_digest, num_tokens=num_tokens, device_us=device_us
+        )
         self._pending[run].commits.append(commit)
         self._wake.set()
 
@@ -190,6 +194,7 @@ class JournalWriter:
         except TreadleError as error:
             log.warning("journal_write_failed", reason=error.reason, message=error.message)
             return False
+        self._on_budgets(response.budgets)
         for entry, refusal in zip(batch.entries, response.errors, strict=True):
             pending = self._pending.get(entry.run)
             if pending is None or pending.epoch != entry.epoch:

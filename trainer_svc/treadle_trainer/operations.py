@@ -26,7 +26,7 @@ from treadle_engine.losses import LossSpec
 from treadle_engine.optim import AdamParams
 from treadle_engine.passes import ChunkResult
 from treadle_trainer.budget import PassCost
-from treadle_trainer.runs import FORWARD
+from treadle_trainer.runs import BATCHED, FORWARD
 
 MAX_ANSWER_BYTES: Final = 2_500_000
 """Longest answer: it must fit a journal write and a frame of the stream."""
@@ -45,6 +45,11 @@ class PassWork:
     as_list: bool
     results: list[ChunkResult] = field(default_factory=list)
     ran_seconds: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that have passed over the base."""
+        return sum(chunk.num_tokens for chunk in self.chunks[: len(self.results)])
 
     @property
     def complete(self) -> bool:
@@ -69,6 +74,20 @@ def digest_of(operation: training_pb2.Operation) -> int:
         return operation.digest
     body: Message = getattr(operation, kind)
     return xxhash.xxh3_64_intdigest(body.SerializeToString(deterministic=True))
+
+
+def count_tokens(operation: training_pb2.Operation) -> int:
+    """Returns how many positions an operation passes over the base, before its batch has been checked; 0 for none."""
+    kind = operation.WhichOneof("kind")
+    if kind not in BATCHED:
+        return 0
+    batch: types_pb2.Batch = getattr(operation, kind).batch
+    if batch.WhichOneof("form") == "list":
+        return sum(len(datum.tokens) for datum in batch.list.data)
+    lengths = batch.packed.lengths
+    rows_R = np.frombuffer(lengths[: len(lengths) // 4 * 4], dtype="<u4").astype(np.int64)
+    # Lengths that lie are refused when the batch is decoded.
+    return max(0, int(rows_R.sum()) - batch.packed.targets_shifted * len(rows_R))
 
 
 def timeout_of(operation: training_pb2.Operation) -> float | None:

@@ -19,6 +19,7 @@ from treadle.errors import TreadleError, from_operation_error, make_error
 from treadle.internal.v1 import journal_pb2
 from treadle.v1 import training_pb2
 from treadle_service import failpoints
+from treadle_service.budgets import TenantBudgets
 from treadle_service.logs import get_logger
 from treadle_trainer import operations
 from treadle_trainer.device import Device
@@ -71,6 +72,7 @@ class Recovery:
     wake: Callable[[], None]
     max_context: int
     base: str
+    budgets: TenantBudgets
     marking: set[asyncio.Task[None]] = field(default_factory=set)
     """Runs' divergences on their way to the catalog."""
 
@@ -95,11 +97,16 @@ class Recovery:
             prepare=self.prepare,
             wake=self.wake,
             on_diverged=self._mark_diverged,
+            budgets=self.budgets,
         )
         resident.snapshot_sha256 = journal.header.snapshot.sha256
         resident.snapshot_digest = journal.header.snapshot.state_digest
-        for row in journal.operations:
-            await self._queue(resident, row, journal.snapshot_seq)
+        try:
+            for row in journal.operations:
+                await self._queue(resident, row, journal.snapshot_seq)
+        except TreadleError as error:
+            resident.close(error)
+            raise
         if claim.run.state == training_pb2.RUN_STATE_DIVERGED:
             resident.diverge(claim.run.divergence.message)
         failpoints.reach("trainer.recovered")

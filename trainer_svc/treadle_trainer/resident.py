@@ -18,6 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from treadle.errors import TreadleError, make_error, to_operation_error
 from treadle.v1 import training_pb2, types_pb2
 from treadle_service import failpoints
+from treadle_service.budgets import TenantBudgets
 from treadle_trainer import operations
 from treadle_trainer.journal_writer import JournalWriter, Written
 from treadle_trainer.operations import PassWork
@@ -69,6 +70,8 @@ class OpWork:
     prepared: PassWork | None = None
     limited: bool = True
     """Whether the limits of this trainer hold; what was accepted in an earlier life must not depend on them."""
+    device_seconds: float = 0.0
+    """Time on the device, the time of a shared pass split by its tokens."""
 
 
 RunOp = QueuedOp[OpWork]
@@ -107,12 +110,15 @@ class Resident:
         prepare: Prepare,
         wake: Callable[[], None],
         on_diverged: Callable[[Resident, training_pb2.Divergence], None],
+        budgets: TenantBudgets,
     ) -> None:
         """Wires a run up; `wake` tells the device loop that there may be something to do.
 
         `on_diverged` hears of the first replayed operation that went another way.
         """
         self.facts, self.order, self.results = facts, order, results
+        self._budgets = budgets
+        self._uncharged: dict[int, int] = {}  # Tokens that the tenant's budget was told of, by seq.
         self.diverged: TreadleError | None = None
         self.closed: TreadleError | None = None
         """Why the run is not here any more; its streams end with it."""
@@ -160,11 +166,17 @@ class Resident:
 
     def credit(self) -> training_pb2.Credit:
         """Returns what the owner may have in flight now."""
-        return training_pb2.Credit(max_seq=self.results.shown_seq + WINDOW_OPS, max_unfinished_bytes=WINDOW_BYTES)
+        window = self._budgets.window(self.facts.tenant, WINDOW_OPS)
+        return training_pb2.Credit(max_seq=self.results.shown_seq + window, max_unfinished_bytes=WINDOW_BYTES)
 
     def accept(self, operation: training_pb2.Operation, *, hold: bool = False) -> Verdict:
-        """Takes an operation into the order and the journal; raises TreadleError if its seq is not right."""
+        """Takes an operation into the order and the journal; raises TreadleError if its seq is not right.
+
+        RATE_LIMITED for a new one when its tenant is over its budget; nothing has happened then.
+        """
         self.check_open()
+        if operation.seq >= self.order.next_seq:
+            self._budgets.check(self.facts.tenant)
         num_bytes = operation.ByteSize()
         offer = Offer(
             operation.seq,
@@ -188,6 +200,9 @@ class Resident:
 
     def admit(self, op: RunOp) -> None:
         """Decodes what can be decoded before its turn; an operation that cannot run is doomed to say so."""
+        if op.work.recorded is None:
+            self._uncharged[op.seq] = operations.count_tokens(op.work.operation)
+            self._budgets.begin(self.facts.tenant, self._uncharged[op.seq])
         if op.doom is not None or (op.work.recorded is not None and op.kind not in REPLAYED):
             return
         if self.diverged is not None:
@@ -230,14 +245,17 @@ class Resident:
                 result.barrier.num_failed = finished.num_failed
             self._stamp(op, result)
             data = result.SerializeToString()
-            self._writer.commit(self.name, op.seq, data, digest)
+            self._budgets.end(self.facts.tenant)
+            used = op.work.prepared.num_tokens if op.work.prepared is not None else 0
+            self._writer.commit(self.name, op.seq, data, digest, used, int(op.work.device_seconds * 1e6))
             if self.results.put(op.seq, StoredResult(data, failed)):
                 self.announce()
         self._wake()
         return finished.drop_gradient
 
     def written(self, written: Written) -> None:
-        """Learns what has become durable."""
+        """Learns what has become durable, and so is charged."""
+        self._release(written.committed_seq or 0)
         self.results.mark_appended(written.appended_seq or 0)
         self.results.mark_committed(written.committed_seq or 0)
         self._tell_acked()
@@ -269,6 +287,11 @@ class Resident:
     def close(self, error: TreadleError) -> None:
         """Ends the run's stay here; streams and waiting calls end with `error`."""
         self.closed = error
+        for op in self.order:
+            if op.work.recorded is None:
+                self._budgets.end(self.facts.tenant)
+        # Charged with a write that is under way, or counted in again where the run is next.
+        self._release(max(self._uncharged, default=0))
         for task in self._preparing:
             task.cancel()
         self.announce()
@@ -294,6 +317,11 @@ class Resident:
     def changed(self) -> asyncio.Event:
         """Returns an event that is set at the next change; ask again after each."""
         return self._changed
+
+    def _release(self, seq: int) -> None:
+        """Stops to count what operations up to `seq` cost on top of what the store has charged."""
+        for charged in [uncharged for uncharged in self._uncharged if uncharged <= seq]:
+            self._budgets.release(self.facts.tenant, self._uncharged.pop(charged))
 
     def _tell_acked(self) -> None:
         """Lets the journal drop what was delivered, or given up because nobody acknowledges."""

@@ -14,7 +14,7 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 
-from treadle.errors import TreadleError, make_error
+from treadle.errors import LimitError, TreadleError, make_error
 from treadle.v1 import training_pb2
 from treadle_service import failpoints
 from treadle_trainer.resident import Resident
@@ -24,6 +24,8 @@ MAX_FRAME_BYTES: Final = 2**20
 MAX_OPERATION_BYTES: Final = 32 * 2**20
 # A fragment of MAX_FRAME_BYTES has a few bytes around it.
 _FRAME_SLACK_BYTES: Final = 1024
+PATIENCE_SECONDS: Final = 5.0
+"""How long a stream that is over its tenant's budget is not read, before it is ended with RATE_LIMITED."""
 
 Request = training_pb2.StreamOperationsRequest
 Response = training_pb2.StreamOperationsResponse
@@ -102,8 +104,12 @@ class OperationStream:
                     credit = resident.credit()
                     yield Response(credit=credit)
                 if reading.done():
-                    reading.result()
-                    if self._goodbye or self._cursor + 1 >= resident.order.next_seq:
+                    limited = _rate_limit(reading)
+                    all_sent = self._cursor + 1 >= resident.order.next_seq
+                    # Who must wait gets what was accepted first: afterwards there is nobody to give it to.
+                    if limited is not None and all_sent:
+                        raise limited
+                    if limited is None and (self._goodbye or all_sent):
                         yield Response(goodbye=training_pb2.Goodbye(last_seq=self._cursor))
                         return
                 if resident.closed is not None:
@@ -135,6 +141,21 @@ class OperationStream:
                 failpoints.reach("trainer.result")
                 yield Response(result=result)
 
+    async def _accept(self, operation: training_pb2.Operation) -> None:
+        """Takes an operation; one that is over its tenant's budget by a moment waits, and with it all behind it."""
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + PATIENCE_SECONDS
+        while True:
+            try:
+                self._resident.accept(operation)
+            except LimitError as error:
+                wait = error.retry_after_seconds or PATIENCE_SECONDS
+                if error.reason != "RATE_LIMITED" or loop.time() + wait > give_up_at:
+                    raise
+            else:
+                return
+            await asyncio.sleep(wait)
+
     async def _read(self, requests: AsyncIterator[Request]) -> None:
         async for request in requests:
             if request.ByteSize() > MAX_FRAME_BYTES + _FRAME_SLACK_BYTES:
@@ -146,11 +167,11 @@ class OperationStream:
             if frame == "operation":
                 if self._fragments.open:
                     raise make_error("FRAME_SIZE_MISMATCH", "an operation came between the parts of another")
-                self._resident.accept(request.operation)
+                await self._accept(request.operation)
             elif frame == "fragment":
                 operation = self._fragments.add(request.fragment)
                 if operation is not None:
-                    self._resident.accept(operation)
+                    await self._accept(operation)
             elif frame == "ack":
                 self._resident.acknowledge(request.ack.acked_seq)
             elif frame == "goodbye":
@@ -158,6 +179,15 @@ class OperationStream:
                 return
             else:
                 raise make_error("BAD_FRAME", "after Hello come operations, fragments, acks and Goodbye")
+
+
+def _rate_limit(reading: asyncio.Task[None]) -> LimitError | None:
+    """Returns why a finished reader must wait; raises any other error that ended it."""
+    error = reading.exception()
+    if isinstance(error, LimitError) and error.reason == "RATE_LIMITED":
+        return error
+    reading.result()
+    return None
 
 
 async def read_hello(requests: AsyncIterator[Request]) -> training_pb2.Hello:

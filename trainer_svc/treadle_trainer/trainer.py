@@ -14,9 +14,11 @@ from functools import partial
 from typing import Any, Final
 
 from treadle import names
-from treadle.errors import TreadleError, make_error
+from treadle.errors import LimitError, TreadleError, make_error
+from treadle.internal.v1 import journal_pb2
 from treadle.v1 import admin_pb2, types_pb2
 from treadle_service import failpoints
+from treadle_service.budgets import TenantBudgets
 from treadle_service.logs import get_logger
 from treadle_service.registration import Registration
 from treadle_trainer.adapters import Adapters
@@ -35,6 +37,7 @@ from treadle_trainer.trace import PassTrace
 
 _HAND_OVER_SECONDS: Final = 60.0
 _HOUSEKEEPING_SECONDS: Final = 1.0
+_ASKED_AT_ONCE: Final = 1000
 log = get_logger(__name__)
 
 
@@ -61,7 +64,8 @@ class Trainer:
         )
         self.registration = Registration(store, worker, self.info, settings.lease_seconds / 3, self._load_now)
         self._loop = DeviceLoop(executor, self.trace, self.budget, self._stepped)
-        self._writer = JournalWriter(store, self._written, self._refused)
+        self._budgets = TenantBudgets("training")
+        self._writer = JournalWriter(store, self._written, self._refused, self._budgets.learn)
         self.snapshots = Snapshots(executor, store, settings.snapshot_every_steps)
         self._residency = Residency(
             executor,
@@ -83,6 +87,7 @@ class Trainer:
             self._loop.wake,
             min(device.info.max_context, self.budget.max_tokens),
             device.info.name,
+            self._budgets,
         )
 
     @property
@@ -180,7 +185,8 @@ class Trainer:
         await self._make_room()
         asked = time.monotonic()
         with failpoints.around("trainer.claim"):
-            claim = await self._store.claim(name, self.settings.worker, self.address, self.settings.lease_seconds)
+            claim = await self._claim(name)
+        self._budgets.learn([claim.budget])
         try:
             num_bytes = self._state_bytes(lora_config(claim.run.lora))
             await self._residency.make_room(name, num_bytes)
@@ -200,6 +206,18 @@ class Trainer:
             # The adapter may be deleted later; the run must not need it again.
             self.snapshots.request(resident)
         return resident
+
+    async def _claim(self, name: str) -> journal_pb2.ClaimRunResponse:
+        """Takes the lease; a tenant with as many active runs as it may have gives up one that nobody uses."""
+        try:
+            return await self._store.claim(name, self.settings.worker, self.address, self.settings.lease_seconds)
+        except LimitError:
+            tenant = names.parse_run(name).tenant
+            unused = next((run for run in self._idle(0.0) if run.facts.tenant == tenant), None)
+            if unused is None:
+                raise
+        await self.evict(unused.name)
+        return await self._store.claim(name, self.settings.worker, self.address, self.settings.lease_seconds)
 
     async def _hand_over(self, resident: Resident, error: TreadleError) -> None:
         resident.draining = True
@@ -283,6 +301,11 @@ class Trainer:
             self._residency.park_idle(self.settings.park_seconds)
             for resident in self._idle(self.settings.idle_seconds):
                 await self.evict(resident.name)
+            refused = self._budgets.tidy()
+            if refused:
+                # Without work nothing is written, and without a write nobody would hear of a raised quota.
+                with suppress(TreadleError):
+                    self._budgets.learn(await self._store.get_budgets(refused[:_ASKED_AT_ONCE]))
 
     async def _make_room(self) -> None:
         idle = self._idle(0.0)
