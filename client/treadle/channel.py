@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -189,7 +190,8 @@ class Transport:
     def _open_channel(self) -> grpc.aio.Channel:
         scheme, _, target = self.settings.address.rpartition("://")
         if scheme == "https":
-            return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL_OPTIONS)
+            ca = Path(self.settings.ca_file).read_bytes() if self.settings.ca_file else None
+            return grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(ca), options=CHANNEL_OPTIONS)
         return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
 
     async def _close_channels(self) -> None:

@@ -9,6 +9,7 @@ import grpc
 
 from treadle.channel import CHANNEL_OPTIONS
 from treadle_service.principal import Principal
+from treadle_service.tls import ClientTls
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -22,9 +23,12 @@ SERVER_OPTIONS: Final = (
 )
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """Returns a new plaintext channel to `address`; connects on first use and again after a loss."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
+    """Returns a new channel to `address`, plaintext without `tls`; connects on first use and again after a loss."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", tls.server_name))
+    return grpc.aio.secure_channel(address, tls.credentials(), options=options)
 
 
 def internal_metadata(token: str, principal: Principal | None = None) -> Metadata:

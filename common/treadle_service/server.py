@@ -60,10 +60,18 @@ class ServiceHost:
         return self.settings.advertise or self.address
 
     async def start(self) -> None:
-        """Binds and serves; alive but not ready. Raises RuntimeError when the address is taken."""
+        """Binds and serves; alive but not ready. Raises RuntimeError when the address is taken.
+
+        SystemExit when it would serve other machines in plaintext, or its certificate cannot be read.
+        """
         reflection.enable_server_reflection(self._services, self.server)
         host = self.settings.listen.rpartition(":")[0]
-        port = self.server.add_insecure_port(self.settings.listen)
+        self.settings.check_plaintext()
+        tls = self.settings.server_tls
+        if tls is None:
+            port = self.server.add_insecure_port(self.settings.listen)
+        else:
+            port = self.server.add_secure_port(self.settings.listen, tls.credentials())
         self.address = f"{host}:{port}"
         await self._health.set("liveness", _SERVING)
         await self.set_ready(False)

@@ -6,10 +6,12 @@ read the environment.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+from treadle_service.tls import ClientTls, KeyPair, ServerTls, is_loopback
 
 
 class ServiceSettings(BaseSettings):
@@ -26,6 +28,53 @@ class ServiceSettings(BaseSettings):
     allow_failpoints: bool = Field(False, description="for tests of this deployment: failpoints may be armed")
     failpoints: str = Field("", description="NAME=kill, NAME=sleep:SECONDS or NAME=raise:REASON, @VISIT; for tests")
     address_file: Path | None = Field(None, description="file that receives the bound host:port once serving")
+    service_cert: Path | None = Field(None, description="PEM certificate that this service shows to other services")
+    service_key: Path | None = Field(None, description="PEM private key of service_cert")
+    service_ca: Path | None = Field(None, description="PEM authority whose certificates other services must show")
+    service_name: str = Field("treadle.internal", description="DNS name that the certificates of all services carry")
+    allow_plaintext: bool = Field(False, description="serve and call without TLS beyond this machine too")
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        parts = (self.service_cert, self.service_key, self.service_ca)
+        if any(parts) and not all(parts):
+            raise ValueError("service_cert, service_key and service_ca belong together: set all three or none")
+        return self
+
+    @property
+    def client_tls(self) -> ClientTls | None:
+        """How other services are called; None for plaintext."""
+        if self.service_cert is None or self.service_key is None or self.service_ca is None:
+            return None
+        return ClientTls(self.service_ca, KeyPair(self.service_cert, self.service_key), self.service_name)
+
+    @property
+    def server_tls(self) -> ServerTls | None:
+        """How this service is served; None for plaintext."""
+        if self.service_cert is None or self.service_key is None:
+            return None
+        return ServerTls(KeyPair(self.service_cert, self.service_key), self.service_ca)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Addresses of other services that are set here."""
+        return ()
+
+    def check_plaintext(self) -> None:
+        """Raises SystemExit when keys and data would leave this machine in the clear, unless that is allowed."""
+        if self.allow_plaintext:
+            return
+        if self.server_tls is None and not is_loopback(self.listen):
+            raise SystemExit(
+                f"{self.listen} is reached from other machines: set certificates, or allow_plaintext if the network "
+                "itself is trusted"
+            )
+        far = [peer for peer in self.peers if not is_loopback(peer)]
+        if self.client_tls is None and far:
+            raise SystemExit(
+                f"{far[0]} is on another machine: set service_cert, service_key and service_ca, or allow_plaintext if "
+                "the network itself is trusted"
+            )
 
 
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)

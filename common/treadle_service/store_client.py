@@ -34,6 +34,7 @@ from treadle.v1 import adapters_pb2
 from treadle_service import blob_delta
 from treadle_service.channels import internal_metadata, open_channel
 from treadle_service.logs import get_logger
+from treadle_service.tls import ClientTls
 
 CHUNK_BYTES: Final = 2**20
 CALL_SECONDS: Final = 10.0
@@ -58,12 +59,14 @@ class KnownBlob:
 class StoreClient:
     """Calls to one adapter store over two channels: one for short calls, one for blobs."""
 
-    def __init__(self, address: str, token: str, shared_blobs: Path | None = None) -> None:
+    def __init__(
+        self, address: str, token: str, shared_blobs: Path | None = None, tls: ClientTls | None = None
+    ) -> None:
         """`shared_blobs` is the store's blob folder, if this process reaches it."""
         self._shared_blobs = shared_blobs
         self.num_received_bytes = 0
         """Bytes of blobs that came over the wire."""
-        self._channel, self._blob_channel = open_channel(address), open_channel(address)
+        self._channel, self._blob_channel = open_channel(address, tls), open_channel(address, tls)
         self._metadata = internal_metadata(token)
         self._journal = journal_pb2_grpc.JournalServiceStub(self._channel)
         self._workers = workers_pb2_grpc.WorkerServiceStub(self._channel)

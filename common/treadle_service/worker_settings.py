@@ -21,6 +21,12 @@ class WorkerSettings(ServiceSettings):
         description="the store's blob folder, where this worker reaches it: weights are then handed over and mapped in "
         "place instead of sent; default: they are sent",
     )
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Addresses of other services that are set here."""
+        return (self.store_address,)
+
     base: str = Field("pip", description="base to hold: an alias (smollm2, pip), a folder or a hub name")
     base_name: str = Field("", description="name under which the base is served; default: as the base is called")
     dtype: str = Field("auto", description="element type that the base computes in: auto, float32 or bfloat16")

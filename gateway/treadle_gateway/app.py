@@ -22,13 +22,13 @@ def make_interceptors(settings: GatewaySettings) -> Sequence[grpc.aio.ServerInte
     """Returns the interceptors of a gateway: authentication, which also turns exceptions into statuses."""
     token = settings.internal_token.get_secret_value()
     limits = CallLimits(settings.max_calls, settings.max_calls_per_tenant, settings.max_streams_per_tenant)
-    return [AuthInterceptor(settings.store_address, token, settings.key_cache_seconds, limits)]
+    return [AuthInterceptor(settings.store_address, token, settings.key_cache_seconds, limits, settings.client_tls)]
 
 
 @contextlib.asynccontextmanager
 async def build(host: ServiceHost, settings: GatewaySettings) -> AsyncIterator[None]:
     """Serves the public services on `host`; ready once the store has named the workers."""
-    upstreams = Upstreams()
+    upstreams = Upstreams(settings.client_tls)
     forwarder = Forwarder(upstreams)
     directory = Directory(settings, upstreams.channel(settings.store_address))
     gateway = Gateway(directory, forwarder, settings.store_address)

@@ -21,6 +21,7 @@ from treadle_service.channels import internal_metadata, open_channel
 from treadle_service.interceptors import RunningCall, WrappingInterceptor
 from treadle_service.logs import get_logger
 from treadle_service.principal import Principal, current_principal, set_principal
+from treadle_service.tls import ClientTls
 
 _LONGEST_KEY = 512
 _AUTHENTICATE_SECONDS = 10.0
@@ -38,7 +39,10 @@ log = get_logger(__name__)
 class AuthInterceptor(WrappingInterceptor):
     """Refuses calls without a valid key and the scope for their method; sets the principal for the others."""
 
-    def __init__(self, store_address: str, internal_token: str, cache_seconds: float, limits: CallLimits) -> None:
+    def __init__(
+        self, store_address: str, internal_token: str, cache_seconds: float, limits: CallLimits, tls: ClientTls | None
+    ) -> None:
+        self._tls = tls
         self.live = LiveCalls(limits)
         self._check_seconds = max(cache_seconds, _LEAST_CHECK_SECONDS)
         self._check_now = asyncio.Event()
@@ -96,7 +100,7 @@ class AuthInterceptor(WrappingInterceptor):
 
     def _identity(self) -> "identity_pb2_grpc.IdentityServiceAsyncStub":
         if self._stub is None:  # Opened here because a channel belongs to the loop that runs.
-            self._stub = identity_pb2_grpc.IdentityServiceStub(open_channel(self._store_address))
+            self._stub = identity_pb2_grpc.IdentityServiceStub(open_channel(self._store_address, self._tls))
         return self._stub
 
     async def _authenticate(self, secret: str) -> Principal:

@@ -16,6 +16,7 @@ import grpc
 
 from treadle.errors import TreadleError, from_rpc_error, make_error
 from treadle_service.channels import Metadata, open_channel
+from treadle_service.tls import ClientTls
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -47,7 +48,8 @@ class Target:
 class Upstreams:
     """One channel per upstream address, opened on first use, and how many calls each carries."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ClientTls | None = None) -> None:
+        self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
         self.in_flight: Counter[str] = Counter()
 
@@ -55,7 +57,7 @@ class Upstreams:
         """Returns the channel to `address`."""
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = open_channel(address)
+            channel = self._channels[address] = open_channel(address, self._tls)
         return channel
 
     @contextlib.contextmanager

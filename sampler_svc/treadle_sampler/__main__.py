@@ -33,7 +33,8 @@ def interceptors(settings: SamplerSettings) -> Sequence[grpc.aio.ServerIntercept
 async def build(host: ServiceHost, settings: SamplerSettings) -> AsyncIterator[None]:
     """Loads the base, serves, and registers with the store."""
     engine = EngineLoop(settings.max_requests)
-    store = StoreClient(settings.store_address, settings.internal_token.get_secret_value(), settings.shared_blobs)
+    token = settings.internal_token.get_secret_value()
+    store = StoreClient(settings.store_address, token, settings.shared_blobs, settings.client_tls)
     try:
         slot = SamplerSlot()
         sampling_pb2_grpc.add_SamplingServiceServicer_to_server(SamplingServicer(slot), host.server)

@@ -29,7 +29,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 
 def admin_of(bench: Bench) -> admin_pb2_grpc.AdminServiceStub:
-    return admin_pb2_grpc.AdminServiceStub(bench._store)
+    return admin_pb2_grpc.AdminServiceStub(bench.store_channel)
 
 
 async def set_quota(bench: Bench, **limits: int) -> None:

@@ -30,7 +30,8 @@ def interceptors(settings: TrainerSettings) -> Sequence[grpc.aio.ServerIntercept
 async def build(host: ServiceHost, settings: TrainerSettings) -> AsyncIterator[None]:
     """Loads the base, serves, registers with the store; hands all runs over when the host drains."""
     executor = Executor()
-    store = JournalClient(settings.store_address, settings.internal_token.get_secret_value(), settings.shared_blobs)
+    token = settings.internal_token.get_secret_value()
+    store = JournalClient(settings.store_address, token, settings.shared_blobs, settings.client_tls)
     try:
         slot = TrainerSlot()
         training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingServicer(slot), host.server)

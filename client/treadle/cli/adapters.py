@@ -54,8 +54,9 @@ def list_(place: Place, run: str, *, checkpoints: bool) -> None:
 def export(place: Place, name: str, folder: Path) -> None:
     """Write the revision or checkpoint NAME to FOLDER, as peft and vLLM read it."""
     from treadle import ServiceClient
+    from treadle.settings import client_settings
 
-    with report_errors(place), ServiceClient(place.address, api_key=place.key) as client:
+    with report_errors(place), ServiceClient(settings=client_settings(place.address, place.key, place.ca)) as client:
         client.pull_adapter(name, folder)
     print_row(place, {"adapter": name, "folder": str(folder)})
 
@@ -68,8 +69,9 @@ def export(place: Place, name: str, folder: Path) -> None:
 def import_(place: Place, run: str, folder: Path, revision_id: str) -> None:
     """Store the PEFT adapter in FOLDER as a revision REVISION_ID of RUN."""
     from treadle import ServiceClient
+    from treadle.settings import client_settings
 
-    with report_errors(place), ServiceClient(place.address, api_key=place.key) as client:
+    with report_errors(place), ServiceClient(settings=client_settings(place.address, place.key, place.ca)) as client:
         client.push_adapter(run, folder, revision_id)
     print_row(place, {"adapter": f"{run}/revisions/{revision_id}"})
 

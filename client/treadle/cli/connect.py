@@ -27,6 +27,7 @@ class Place:
     address: str
     key: str
     format: Format
+    ca: Path | None = None
 
     @property
     def metadata(self) -> Metadata:
@@ -35,19 +36,28 @@ class Place:
 
 
 def place_options(command: F) -> F:
-    """Adds the options --address, --key, --data-dir and -f; the command takes them as `place`."""
+    """Adds the options --address, --ca, --key, --data-dir and -f; the command takes them as `place`."""
 
-    def make_place(address: str | None, key: str | None, data_dir: Path, output_format: Format) -> Place:
+    def make_place(
+        address: str | None, key: str | None, ca: Path | None, data_dir: Path, output_format: Format
+    ) -> Place:
         folder = data_dir.expanduser()
         found = key or admin_key(folder)
         if not found:
             raise click.UsageError(
                 f"there is no key: give --key, set TREADLE_API_KEY, or start `treadle up` ({folder})"
             )
-        return Place(address or gateway_address(folder), found, output_format)
+        return Place(address or gateway_address(folder), found, output_format, ca)
 
-    def wrapper(address: str | None, key: str | None, data_dir: Path, output_format: Format, **others: object) -> None:
-        command(make_place(address, key, data_dir, output_format), **others)
+    def wrapper(
+        address: str | None,
+        key: str | None,
+        ca: Path | None,
+        data_dir: Path,
+        output_format: Format,
+        **others: object,
+    ) -> None:
+        command(make_place(address, key, ca, data_dir, output_format), **others)
 
     wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
     wrapper.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
@@ -55,7 +65,17 @@ def place_options(command: F) -> F:
         click.option("-f", "--format", "output_format", type=click.Choice(["table", "json"]), default="table"),
         click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR, show_default=True),
         click.option("--key", envvar="TREADLE_API_KEY", help="API key; default: the data folder's admin key."),
-        click.option("--address", envvar="TREADLE_ADDRESS", help="host:port; default: what runs on this machine."),
+        click.option(
+            "--ca",
+            envvar="TREADLE_CA",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="PEM authority of an https address; default: the system's.",
+        ),
+        click.option(
+            "--address",
+            envvar="TREADLE_ADDRESS",
+            help="host:port, or https://host:port; default: what runs on this machine.",
+        ),
     ):
         wrapper = option(wrapper)
     return wrapper  # type: ignore[return-value]
@@ -81,5 +101,10 @@ def open_channel(place: Place) -> Iterator[Any]:  # Any: grpc.Channel, which is 
     """Gives a channel to the gateway, and reports errors of calls on it."""
     import grpc
 
-    with report_errors(place), grpc.insecure_channel(place.address) as channel:
+    scheme, _, target = place.address.rpartition("://")
+    if scheme == "https":
+        made = grpc.secure_channel(target, grpc.ssl_channel_credentials(place.ca.read_bytes() if place.ca else None))
+    else:
+        made = grpc.insecure_channel(target)
+    with report_errors(place), made as channel:
         yield channel

@@ -13,6 +13,7 @@ from treadle.cli.supervisor import ChildSpec, service_command
 
 # The store starts first and ends last; the gateway lets callers in last and out first.
 STAGES = {"store": 0, "trainer": 1, "sampler": 1, "gateway": 2}
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
 # Below the ports that the kernel hands to outgoing connections: a child that is started again finds its port free.
 _FREE_PORTS = range(20_000, 32_000)
 _OFFSETS = {"gateway": 0, "trainer": 10, "sampler": 20, "store": 30}
@@ -27,6 +28,7 @@ class Deployment:
     data_dir: Path
     cache_dir: Path
     host: str
+    allow_plaintext: bool
     port: int
     threads: int
     dtype: str
@@ -85,6 +87,8 @@ class Deployment:
             values["DATA_DIR"] = str(self.data_dir)
         else:
             values["STORE_ADDRESS"] = self.addresses["store"]
+        if role == "gateway" and self.allow_plaintext:
+            values["ALLOW_PLAINTEXT"] = "true"
         if role in ("trainer", "sampler"):
             values |= {
                 "BASE": self.base,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from treadle.cli.deployment import STAGES, Deployment
+from treadle.cli.deployment import LOOPBACK_HOSTS, STAGES, Deployment
 from treadle.cli.settings import DEFAULT_DATA_DIR, UpFile, inherited_environment
 from treadle.cli.supervisor import Supervisor
 
@@ -42,6 +42,7 @@ def launch(
     data_dir: Path,
     cache_dir: Path,
     host: str,
+    allow_plaintext: bool,
     port: int,
     threads: int | None,
     dtype: str,
@@ -53,6 +54,11 @@ def launch(
     missing = [role for role in STAGES if importlib.util.find_spec(f"treadle_{role}") is None]
     if missing or importlib.util.find_spec("treadle_engine") is None:
         raise click.ClickException("the services are not installed: pip install 'treadle[all]'")
+    if not allow_plaintext and host not in LOOPBACK_HOSTS:
+        raise click.ClickException(
+            f"{host} is reached from other machines, and keys would travel readably: give --allow-plaintext if the "
+            "network itself is trusted, or run the services with certificates (docs/settings.md)"
+        )
     data_dir, cache_dir = data_dir.expanduser().absolute(), cache_dir.expanduser().absolute()
     data_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(data_dir):
@@ -64,6 +70,7 @@ def launch(
                 data_dir=data_dir,
                 cache_dir=cache_dir,
                 host=host,
+                allow_plaintext=allow_plaintext,
                 port=port,
                 threads=threads or max(1, (os.cpu_count() or 1) // 2),
                 dtype=dtype,

@@ -15,6 +15,9 @@ from treadle.cli.settings import DEFAULT_DATA_DIR
 @click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR, show_default=True)
 @click.option("--cache-dir", type=click.Path(path_type=Path), default="~/.cache/treadle", show_default=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address that the gateway listens on.")
+@click.option(
+    "--allow-plaintext", is_flag=True, help="Let a --host beyond this machine listen without TLS: keys travel readably."
+)
 @click.option("--port", type=click.IntRange(0, 65_000), default=7600, show_default=True, help="0 takes a free one.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each worker.  [default: half of the cores]")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
@@ -33,6 +36,7 @@ def up(
     data_dir: Path,
     cache_dir: Path,
     host: str,
+    allow_plaintext: bool,
     port: int,
     threads: int | None,
     dtype: str,
@@ -48,6 +52,7 @@ def up(
         data_dir=data_dir,
         cache_dir=cache_dir,
         host=host,
+        allow_plaintext=allow_plaintext,
         port=port,
         threads=threads,
         dtype=dtype,
