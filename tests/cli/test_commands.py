@@ -47,6 +47,45 @@ async def test_a_key_is_made_listed_and_revoked(front: Front) -> None:
     assert round(days.total_seconds() / 86_400) == 30
 
 
+async def test_a_quota_is_set_limit_by_limit(front: Front) -> None:
+    """What is not given stays, `none` lifts a limit, a table says so in words."""
+    await front.tenant("acme", "train")
+    quota = ("tenant", "quota", "acme")
+    assert set((await rows(front, *quota)).values()) == {"acme", None}
+    await rows(front, *quota, "--max-runs", "3", "--training-tokens-per-minute", "60000")
+    found = await rows(front, *quota, "--max-runs", "none", "--max-stored-bytes", "0")
+    assert (found["max_runs"], found["training_tokens_per_minute"], found["max_stored_bytes"]) == (None, 60_000, 0)
+    assert "no limit" in (await treadle(front, *quota)).stdout
+    refused = await treadle(front, *quota, "--max-runs", "-1")
+    assert refused.exit_code == 2
+    assert "TENANT_NOT_FOUND" in (await treadle(front, "tenant", "quota", "nobody")).output
+
+
+async def test_usage_is_shown_to_its_tenant_and_to_administrators(front: Front) -> None:
+    """By run with a total, as a table and as JSON; another tenant's needs an admin key."""
+    await front.add_peer()
+    key = await front.tenant("acme", "train")
+    run = await front.new_run(key)
+    internal = internal_metadata(TOKEN)
+    journal = journal_pb2_grpc.JournalServiceStub(front.store_channel)
+    claim = journal_pb2.ClaimRunRequest(run=run, holder="t", address="h:1")
+    epoch = (await journal.ClaimRun(claim, metadata=internal)).lease.epoch
+    entry = journal_pb2.JournalEntry(run=run, epoch=epoch)
+    entry.appends.add(seq=1, digest=1, payload=b"op")
+    entry.commits.add(seq=1, result=b"done", num_tokens=321, device_us=1_500_000)
+    await journal.WriteJournal(journal_pb2.WriteJournalRequest(entries=[entry]), metadata=internal)
+    own = {"TREADLE_API_KEY": key[0][1].removeprefix("Bearer ")}
+    for line, environment in ((("usage",), own), (("usage", "--tenant", "acme"), {})):
+        found = await rows(front, *line, **environment)
+        assert found["by_run"] == [{"run": run, **found["total"]}]
+        assert (found["total"]["training_tokens"], found["total"]["device_seconds"]) == (321, 1.5)
+        assert (found["tenant"], found["runs"], found["active_runs"]) == ("acme", 1, 1)
+    assert run in (await treadle(front, "usage", **own)).stdout
+    past = await rows(front, "usage", "--until", "2020-01-01", **own)
+    assert (past["total"]["training_tokens"], past["by_run"]) == (0, [])
+    assert "PERMISSION_DENIED" in (await treadle(front, "usage", "--tenant", "admin", **own)).output
+
+
 async def test_runs_are_listed_shown_and_deleted(front: Front) -> None:
     """With the key of their tenant, from the environment."""
     await front.add_peer()

@@ -1,9 +1,36 @@
-"""`treadle tenant`: who is kept apart from whom."""
+"""`treadle tenant`: who is kept apart from whom, and what each may use."""
 
 import click
 
 from treadle.cli.connect import CALL_SECONDS, Place, open_channel, place_options
 from treadle.cli.output import print_row, print_rows
+
+# Options of `quota` and what they limit, in the order of the message's fields.
+_LIMITS = {
+    "max_runs": "Runs that exist.",
+    "max_active_runs": "Runs that a trainer holds.",
+    "max_unfinished_operations": "Operations unfinished at one trainer, or requests at one sampler.",
+    "training_tokens_per_minute": "Positions of training passes, over all runs.",
+    "sampling_tokens_per_minute": "Prompt tokens and sampled tokens, over all models.",
+    "max_stored_bytes": "Bytes of saved adapters and snapshots.",
+}
+
+
+class _Limit(click.ParamType):
+    """A number, or `none` for no limit."""
+
+    name = "number|none"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "none":
+            return -1
+        try:
+            number = int(value)
+        except ValueError:
+            number = -1
+        if number < 0:
+            self.fail(f"{value!r} is neither a number from 0 on nor `none`", param, ctx)
+        return number
 
 
 @click.group()
@@ -37,3 +64,36 @@ def list_(place: Place) -> None:
         )
     rows = [{"tenant": found.tenant, "created": found.created.ToJsonString()} for found in answer.tenants]
     print_rows(place, rows, "no tenants")
+
+
+def _limit_options(command: click.decorators.FC) -> click.decorators.FC:
+    for name, meaning in reversed(_LIMITS.items()):
+        command = click.option(f"--{name.replace('_', '-')}", type=_Limit(), help=meaning)(command)
+    return command
+
+
+@tenant.command()
+@click.argument("name")
+@_limit_options
+@place_options
+def quota(place: Place, name: str, **limits: int | None) -> None:
+    """Show what the tenant NAME may use, after setting the limits that are given; `none` lifts one."""
+    from treadle.v1 import admin_pb2, admin_pb2_grpc
+
+    with open_channel(place) as channel:
+        admin = admin_pb2_grpc.AdminServiceStub(channel)
+        request = admin_pb2.GetQuotaRequest(tenant=name)
+        found = admin.GetQuota(request, metadata=place.metadata, timeout=CALL_SECONDS).quota
+        given = {limit: value for limit, value in limits.items() if value is not None}
+        for limit, value in given.items():
+            if value < 0:
+                found.ClearField(limit)
+            else:
+                setattr(found, limit, value)
+        if given:
+            change = admin_pb2.SetQuotaRequest(tenant=name, quota=found)
+            found = admin.SetQuota(change, metadata=place.metadata, timeout=CALL_SECONDS).quota
+    shown = {limit: getattr(found, limit) if found.HasField(limit) else None for limit in _LIMITS}
+    if place.format == "table":
+        shown = {limit: "no limit" if value is None else value for limit, value in shown.items()}
+    print_row(place, {"tenant": name, **shown})
