@@ -7,7 +7,19 @@ import json
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("agreement", "foundation", "memory", "recovery", "rl", "sampling", "service", "store", "training", "weights")
+NAMES = (
+    "agreement",
+    "fairness",
+    "foundation",
+    "memory",
+    "recovery",
+    "rl",
+    "sampling",
+    "service",
+    "store",
+    "training",
+    "weights",
+)
 
 
 def main() -> None:

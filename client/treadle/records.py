@@ -119,6 +119,30 @@ class KeyInfo:
     revoked: bool
 
 
+@dataclass(frozen=True)
+class Use:
+    """What was used: tokens, operations and requests, seconds on devices (a shared pass is split by its tokens)."""
+
+    num_operations: int
+    training_tokens: int
+    prompt_tokens: int
+    sampled_tokens: int
+    device_seconds: float
+
+
+@dataclass(frozen=True)
+class UsageInfo:
+    """What a tenant has used in a span of days, by run, and what it has stored now."""
+
+    tenant: str
+    total: Use
+    by_run: dict[str, Use]
+    """By the run's name; under an empty name, sampling from bases as they are."""
+    stored_bytes: int
+    num_runs: int
+    num_active_runs: int
+
+
 class CreatedKey(NamedTuple):
     """A new API key and its secret, which is shown only once."""
 

@@ -57,7 +57,9 @@ class ServerTls:
             return fresh
 
         return grpc.dynamic_ssl_server_credentials(
-            first, fetch, require_client_authentication=self.client_authority is not None
+            first,
+            fetch,  # type: ignore[arg-type]  # The stub does not know that None is an answer.
+            require_client_authentication=self.client_authority is not None,
         )
 
     def _stamp(self) -> tuple[tuple[int, int, int], ...]:

@@ -16,21 +16,13 @@ _LIMITS = {
 }
 
 
-class _Limit(click.ParamType):
-    """A number, or `none` for no limit."""
-
-    name = "number|none"
-
-    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if value == "none":
-            return -1
-        try:
-            number = int(value)
-        except ValueError:
-            number = -1
-        if number < 0:
-            self.fail(f"{value!r} is neither a number from 0 on nor `none`", param, ctx)
-        return number
+def _limit(_context: click.Context, _option: click.Parameter, value: str | None) -> int | None:
+    """Returns a limit, -1 for `none`, None when it was not given."""
+    if value is None or value == "none":
+        return -1 if value else None
+    if not value.isdecimal():
+        raise click.BadParameter(f"{value!r} is neither a number from 0 on nor `none`")
+    return int(value)
 
 
 @click.group()
@@ -68,7 +60,9 @@ def list_(place: Place) -> None:
 
 def _limit_options(command: click.decorators.FC) -> click.decorators.FC:
     for name, meaning in reversed(_LIMITS.items()):
-        command = click.option(f"--{name.replace('_', '-')}", type=_Limit(), help=meaning)(command)
+        command = click.option(f"--{name.replace('_', '-')}", metavar="NUMBER|none", callback=_limit, help=meaning)(
+            command
+        )
     return command
 
 
