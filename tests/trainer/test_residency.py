@@ -88,7 +88,7 @@ async def test_a_damaged_snapshot_is_refused(tmp_path: Path, place: str) -> None
             await stream.send(*steps(2))
             await stream.results(4)
         await bench.control.EvictRun(trainer_pb2.EvictRunRequest(run=run), metadata=bench.internal, timeout=20)
-        (snapshot,) = [file for file in (tmp_path / "blobs").rglob("*") if file.is_file()]
+        (snapshot,) = [file for file in (tmp_path / "blobs").rglob("*") if file.is_file() and file.name != "lock"]
         content = bytearray(snapshot.read_bytes())
         content[len(content) // 2] ^= 1
         snapshot.write_bytes(content)
