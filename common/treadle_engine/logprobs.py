@@ -20,8 +20,9 @@ from torch import Tensor
 from treadle_engine.base_model import ROW_MULTIPLE, BaseModel
 from treadle_engine.lora import Segment
 
-# Float32 logits held at once: 2^24 values are 64 MiB.
-_TILE_VALUES = 2**24
+# Float32 logits held at once: 28 MiB stay in a large cache and below the size (32 MiB) from which the allocator maps
+# fresh pages for every request.
+_TILE_VALUES = 7 * 2**20
 _MAX_TILE_ROWS = 512
 
 Derivative = Callable[[slice, Tensor], Tensor | None]
@@ -83,8 +84,7 @@ def _run_tile(base: BaseModel, x_TD: Tensor, tile: Sequence[_Piece], g_TD: Tenso
     segments = _segments(tile, [piece.size for piece in tile])
     raw_PV, lows = base.unembedding.project(x_PD, segments)
     logits_NV = base.shape_logits(raw_PV[:num_rows].float())
-    # log_softmax and softmax work row by row; exp over the whole tile would round by where a row lies in it.
-    logprobs_NK = torch.log_softmax(logits_NV, dim=-1).gather(1, targets_NK.clamp(min=0))
+    logprobs_NK, probs_NV = _logprobs(logits_NV, targets_NK, keep_logits=bool(base.logit_cap))
     kept: list[Tensor] = []
     slopes: list[Tensor] = []
     start = 0
@@ -103,8 +103,9 @@ def _run_tile(base: BaseModel, x_TD: Tensor, tile: Sequence[_Piece], g_TD: Tenso
     kept_B = torch.cat([selected + offset for selected, offset in zip(kept, offsets, strict=True)])
     if kept_B.shape[0] < num_rows:  # else everything is in place already: spare the copies
         lows = [None if low is None else low.index_select(1, rows) for low, rows in zip(lows, kept, strict=True)]
-        logits_NV, targets_NK, x_PD = logits_NV[kept_B], targets_NK[kept_B], x_PD[kept_B]
-    g_BV = _logit_gradient(base, logits_NV, targets_NK, torch.cat(slopes))
+        probs_NV, targets_NK, x_PD = probs_NV[kept_B], targets_NK[kept_B], x_PD[kept_B]
+        logits_NV = logits_NV[kept_B] if base.logit_cap else probs_NV
+    g_BV = _logit_gradient(base, logits_NV, probs_NV, targets_NK, torch.cat(slopes))
     segments = _segments(tile, [selected.numel() for selected in kept])
     g_PD = base.unembedding.project_backward(_padded(g_BV.to(x_TD.dtype)), x_PD, lows, segments, need_input=True)
     assert g_PD is not None  # need_input
@@ -124,9 +125,26 @@ def _segments(tile: Sequence[_Piece], sizes: Sequence[int]) -> list[Segment]:
     return segments
 
 
-def _logit_gradient(base: BaseModel, logits_BV: Tensor, targets_BK: Tensor, slopes_BK: Tensor) -> Tensor:
-    """Return dLoss/d(unembedding's raw output): slope * (one_hot(target) - softmax), back through cap and scale."""
-    g_BV = torch.softmax(logits_BV, dim=-1).mul_(-slopes_BK.sum(dim=1, keepdim=True))
+def _logprobs(logits_NV: Tensor, targets_NK: Tensor, keep_logits: bool) -> tuple[Tensor, Tensor]:
+    """Return the targets' log-probs [n, K] and all probabilities, which overwrite the logits unless these are kept.
+
+    One pass of exponentials serves both: the largest probability of a row is 1 / sum(exp(logit - largest logit)).
+    """
+    top_N1 = logits_NV.amax(dim=-1, keepdim=True)
+    logprobs_NK = logits_NV.gather(1, targets_NK.clamp(min=0)).sub_(top_N1)
+    # softmax works row by row; exp over the whole tile would round by where a row lies in it.
+    probs_NV = torch.softmax(logits_NV, dim=-1, out=None if keep_logits else logits_NV)
+    return logprobs_NK.add_(probs_NV.amax(dim=-1, keepdim=True).log_()), probs_NV
+
+
+def _logit_gradient(
+    base: BaseModel, logits_BV: Tensor, probs_BV: Tensor, targets_BK: Tensor, slopes_BK: Tensor
+) -> Tensor:
+    """Return dLoss/d(unembedding's raw output): slope * (one_hot(target) - softmax), back through cap and scale.
+
+    It overwrites the probabilities; the logits are read only if they are capped.
+    """
+    g_BV = probs_BV.mul_(-slopes_BK.sum(dim=1, keepdim=True))
     g_BV.scatter_add_(1, targets_BK.clamp(min=0), slopes_BK)
     if base.logit_cap:
         g_BV.mul_(1.0 - (logits_BV / base.logit_cap).square())

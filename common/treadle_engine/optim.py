@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 import xxhash
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from treadle_engine.errors import EngineError
 from treadle_engine.lora import AdapterBase, AdapterLayout, AdapterWeights, LoraConfig
+
+# Elements that an optimizer step works on at a time: the five buffers of a block stay in a CPU's cache together.
+_BLOCK = 2**17
 
 
 @dataclass
@@ -96,43 +98,59 @@ class AdamParams:
 
 @torch.no_grad()
 def optim_step(state: TrainState, params: AdamParams) -> dict[str, float]:
-    """Apply one AdamW step, zero the gradient and return metrics; after NAN_GRADIENT nothing else has changed."""
-    grad_norm = float(torch.linalg.vector_norm(state.grads))
+    """Apply one AdamW step, zero the gradient and return metrics; after NAN_GRADIENT nothing else has changed.
+
+    One sweep over memory reads the gradient's norm, a second does all the rest, block by block while it is in cache.
+    """
+    flat = state.weights.flat
+    size = _BLOCK if flat.device.type == "cpu" else max(1, flat.numel())
+    grad_norm = _norm([torch.linalg.vector_norm(grad) for grad in torch.split(state.grads, size)])
     if not math.isfinite(grad_norm):
         state.clear_gradient()
         raise EngineError("NAN_GRADIENT", "the accumulated gradient is not finite; it was dropped")
     clipped = 0.0 < params.grad_clip_norm < grad_norm
-    if clipped:
-        state.grads.mul_(params.grad_clip_norm / (grad_norm + 1e-6))
-    flat = state.weights.flat
-    before = flat.clone()
-    # The functional form counts the step itself, in a float32 tensor of its own.
-    adamw(
-        [flat],
-        [state.grads],
-        [state.exp_avg],
-        [state.exp_avg_sq],
-        [],
-        [torch.tensor(float(state.step), device=flat.device)],
-        fused=True,
-        amsgrad=False,
-        maximize=False,
-        lr=params.learning_rate,
-        beta1=params.beta1,
-        beta2=params.beta2,
-        eps=params.eps,
-        weight_decay=params.weight_decay,
-    )
+    count = torch.tensor(float(state.step + 1), device=flat.device)
+    before = torch.empty(min(size, flat.numel()), device=flat.device)
+    update_parts, weight_parts = [], []
+    buffers = (flat, state.grads, state.exp_avg, state.exp_avg_sq)
+    for weight, grad, exp_avg, exp_avg_sq in zip(*(torch.split(buffer, size) for buffer in buffers), strict=True):
+        old = before[: weight.shape[0]].copy_(weight)
+        if clipped:
+            grad.mul_(params.grad_clip_norm / (grad_norm + 1e-6))
+        # The kernel under torch.optim.AdamW(fused=True); its wrapper costs more than a block's arithmetic.
+        torch._fused_adamw_(
+            [weight],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [count],
+            lr=params.learning_rate,
+            beta1=params.beta1,
+            beta2=params.beta2,
+            weight_decay=params.weight_decay,
+            eps=params.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        update_parts.append(torch.linalg.vector_norm(old.sub_(weight)))
+        weight_parts.append(torch.linalg.vector_norm(weight))
+        grad.zero_()
     state.step += 1
-    state.clear_gradient()
+    state.has_gradient = False
     state.weights.refresh()
     return {
         "grad_norm:mean": grad_norm,
-        "update_norm:mean": float(torch.linalg.vector_norm(before.sub_(flat))),
-        "weight_norm:mean": float(torch.linalg.vector_norm(flat)),
+        "update_norm:mean": _norm(update_parts),
+        "weight_norm:mean": _norm(weight_parts),
         "learning_rate:mean": params.learning_rate,
         "clip_fraction:mean": float(clipped),
     }
+
+
+def _norm(parts: list[Tensor]) -> float:
+    """Return the norm of what has these float32 norms, added up in float64."""
+    return float(torch.linalg.vector_norm(torch.stack(parts), dtype=torch.float64)) if parts else 0.0
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
