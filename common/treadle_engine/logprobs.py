@@ -24,6 +24,8 @@ from treadle_engine.lora import Segment
 # fresh pages for every request.
 _TILE_VALUES = 7 * 2**20
 _MAX_TILE_ROWS = 512
+# Twice the widest vector of a CPU, in float32 values: a loop that is unrolled by two has no remainder.
+_LANES = 32
 
 Derivative = Callable[[slice, Tensor], Tensor | None]
 """Given a slice of the chunk's target rows and their log-probs [n, K], return dLoss/dlogprob; None: no backward."""
@@ -125,6 +127,12 @@ def _segments(tile: Sequence[_Piece], sizes: Sequence[int]) -> list[Segment]:
     return segments
 
 
+def all_logprobs(logits_NV: Tensor) -> Tensor:
+    """Return every log-prob of float32 logits, with the bits that `run_head` gives to targets."""
+    top_N1 = logits_NV.amax(dim=-1, keepdim=True)
+    return (logits_NV - top_N1).add_(_log_largest(torch.softmax(logits_NV, dim=-1)))
+
+
 def _logprobs(logits_NV: Tensor, targets_NK: Tensor, keep_logits: bool) -> tuple[Tensor, Tensor]:
     """Return the targets' log-probs [n, K] and all probabilities, which overwrite the logits unless these are kept.
 
@@ -134,7 +142,15 @@ def _logprobs(logits_NV: Tensor, targets_NK: Tensor, keep_logits: bool) -> tuple
     logprobs_NK = logits_NV.gather(1, targets_NK.clamp(min=0)).sub_(top_N1)
     # softmax works row by row; exp over the whole tile would round by where a row lies in it.
     probs_NV = torch.softmax(logits_NV, dim=-1, out=None if keep_logits else logits_NV)
-    return logprobs_NK.add_(probs_NV.amax(dim=-1, keepdim=True).log_()), probs_NV
+    return logprobs_NK.add_(_log_largest(probs_NV)), probs_NV
+
+
+def _log_largest(probs_NV: Tensor) -> Tensor:
+    """Return the log of each row's largest probability, [N, 1].
+
+    Every row gets whole vectors of its own: the last elements of an array may go through another, scalar logarithm.
+    """
+    return probs_NV.amax(dim=-1, keepdim=True).repeat(1, _LANES).log_()[:, :1]
 
 
 def _logit_gradient(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.decode_requests import Reading, SampleRequest, TopTokens
+from treadle_engine.logprobs import all_logprobs
 from treadle_engine.lora import Segment
 
 # Float32 logits held at once: 2^23 values are 32 MiB.
@@ -49,7 +50,7 @@ def read_scores(base: DecodeBase, reading: Reading, x_UD: Tensor) -> None:
         x_ND = x_UD[place - first : end - first]
         segments = [] if request.weights is None else [Segment(0, end - place, request.weights)]
         logits_NV = base.logits(x_ND, base.adapters(segments))
-        _note(reading, slice(place, end), torch.log_softmax(logits_NV, dim=-1))
+        _note(reading, slice(place, end), all_logprobs(logits_NV))
 
 
 def _note(reading: Reading, rows: slice, logprobs_NV: Tensor) -> None:
