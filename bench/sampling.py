@@ -8,6 +8,7 @@ counted in tokens where counting says more than time.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from bench.sampling_baselines import (
     PaddedGenerate,
     PeftModel,
     SequentialGenerate,
+    run_vllm,
 )
 from treadle_engine.bases import resolve
 from treadle_engine.decode import Decoder
@@ -47,6 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--without", nargs="+", choices=("sequential", "continuous"), default=(), help="sides left out")
+    parser.add_argument("--vllm", metavar="PYTHON", default="", help="an interpreter that has vLLM, to add its side")
 
 
 def run(options: argparse.Namespace) -> list[Row]:
@@ -129,6 +132,21 @@ def _throughput(base: DecodeBase, folder: str, options: argparse.Namespace) -> l
     for side in sides[1:]:
         ratio = _ratio(times[side.name], times[_MIXED])
         rows.append({"figure": f"{what}: against {side.name}", "value": ratio, "target": targets.get(side.name, "")})
+    return rows + (_vllm(options, folder, held, load, times) if options.vllm else [])
+
+
+def _vllm(options: argparse.Namespace, folder: str, held: PeftModel, load: Load, times: Times) -> list[Row]:
+    """Returns the rows of vLLM, in rounds of its own: it lives in another process and starts for minutes."""
+    with tempfile.TemporaryDirectory() as saved:
+        paths = held.save(Path(saved))
+        rounds = run_vllm(options.vllm, folder, options.dtype, paths, load, options.rounds)
+    rows = []
+    for kind, side, target in (("lora", _MIXED, "1.5"), ("base", _BASE, "")):
+        cpu, wall = (float(np.median([one[f"{kind}_{clock}"] for one in rounds])) for clock in ("cpu", "wall"))
+        own = np.median(np.array(times[side]), axis=0)
+        name = f"vLLM, {'mixed adapters' if kind == 'lora' else 'base alone'}"
+        rows.append({"figure": f"{side}: against {name}", "value": f"{cpu / own[0]:.2f} (wall {wall / own[1]:.2f})"})
+        rows[-1] |= {"target": target} if target else {}
     return rows
 
 
