@@ -52,12 +52,14 @@ class Backoff:
     def __init__(self, first_seconds: float = 0.05, longest_seconds: float = 5.0) -> None:
         self._first, self._longest = first_seconds, longest_seconds
         self._tries = 0
+        # Its own: a user's seeded loop must not draw other numbers because a connection broke.
+        self._random = random.Random()
 
     def next_seconds(self) -> float:
         """Returns the next waiting time in seconds."""
         limit = min(self._longest, self._first * 2.0**self._tries)
         self._tries = min(self._tries + 1, 30)
-        return limit * random.uniform(0.5, 1.0)
+        return limit * self._random.uniform(0.5, 1.0)
 
     def reset(self) -> None:
         """Starts again at the shortest wait."""
