@@ -26,11 +26,12 @@ from treadle.v1 import training_pb2
 PROTOCOL: Final = 1
 ACK_EVERY_RESULTS: Final = 8
 ACK_AFTER_SECONDS: Final = 1.0
-WELCOME_SECONDS: Final = 300.0
+# Whoever loads the run goes on loading it when this connection is given up; the next one finds it further on.
+WELCOME_SECONDS: Final = 30.0
 GOODBYE_SECONDS: Final = 2.0
 # A run stands still while its client waits: the pause decides how much longer than its trainer was away.
 LONGEST_PAUSE_SECONDS: Final = 0.5
-# A connection that held this long counts as progress.
+# A connection that held this long after its Welcome counts as progress.
 STABLE_SECONDS: Final = 10.0
 
 Results = list[training_pb2.OperationResult]
@@ -68,6 +69,7 @@ class OperationStream:
         self._failure: TreadleError | None = None
         self._closing = False
         self._draining = False
+        self._welcomed_at: float | None = None
         self._max_frame_bytes = MAX_FRAME_BYTES
         # Callers wait on the condition while too many bytes are piled up.
         self._backlog_bytes = 0
@@ -168,7 +170,7 @@ class OperationStream:
         failing_since: float | None = None
         while not self._closing:
             await self._wanted.wait()
-            began, received = loop.time(), self._ledger.received_seq
+            received, self._welcomed_at = self._ledger.received_seq, None
             failure: TreadleError = UnavailableError("the service ended the stream")
             again = True
             try:
@@ -184,7 +186,8 @@ class OperationStream:
             if not again:
                 self._fail(failure)
                 return
-            if self._ledger.received_seq > received or loop.time() - began > STABLE_SECONDS:
+            held = self._welcomed_at is not None and loop.time() - self._welcomed_at > STABLE_SECONDS
+            if self._ledger.received_seq > received or held:
                 failing_since = None
             failing_since = failing_since or loop.time()
             if not self._has_work():
@@ -211,6 +214,7 @@ class OperationStream:
             first = await asyncio.wait_for(call.read(), WELCOME_SECONDS)
             if first is grpc.aio.EOF or first.WhichOneof("frame") != "welcome":
                 await _raise_status(call)
+            self._welcomed_at = asyncio.get_running_loop().time()
             self._ledger.connect(first.welcome)
             self._max_frame_bytes = min(first.welcome.max_frame_bytes or MAX_FRAME_BYTES, MAX_FRAME_BYTES)
             self._draining = False

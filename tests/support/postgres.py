@@ -66,7 +66,10 @@ class PostgresServer:
         options = [part for name, value in OPTIONS.items() for part in ("-c", f"{name}={value}")]
         command = [self._binaries / "postgres", "-D", self.folder / "data", "-p", str(self.port), "-k", self.folder]
         with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen([*command, *options], stdout=log, stderr=log, **self._as_owner())
+            # Not in root's folder: the account may not read it, and the server looks where it stands.
+            self._process = subprocess.Popen(
+                self._as_owner([*command, *options]), stdout=log, stderr=log, cwd=self.folder
+            )
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
             assert self._process.poll() is None, f"PostgreSQL ended:\n{(self.folder / 'log').read_text()[-4000:]}"
@@ -115,12 +118,20 @@ class PostgresServer:
         return True
 
     def _run(self, command: list[str | Path]) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, **self._as_owner())
+        done = subprocess.run(self._as_owner(command), capture_output=True, text=True, check=False, cwd=self.folder)
         assert done.returncode == 0, done.stderr
 
-    def _as_owner(self) -> dict:
+    def _as_owner(self, command: list[str | Path]) -> list[str | Path]:
+        """Returns the command as the server's owner runs it.
+
+        By a program, not by subprocess's `user`: that forks instead of vfork, and gRPC's threads do not survive it.
+        """
         if self._account is None:
-            return {}
-        # Not in root's folder: the account may not read it, and the server looks where it stands.
-        account = self._account
-        return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": [], "cwd": self.folder}
+            return command
+        return [
+            "setpriv",
+            f"--reuid={self._account.pw_uid}",
+            f"--regid={self._account.pw_gid}",
+            "--clear-groups",
+            *command,
+        ]
