@@ -210,8 +210,9 @@ class OperationStream:
                 acked_seq=self._ledger.received_seq,
                 client_id=self._transport.client_id,
             )
-            await call.write(Frame(hello=hello).SerializeToString())
-            first = await asyncio.wait_for(call.read(), WELCOME_SECONDS)
+            async with asyncio.timeout(WELCOME_SECONDS):
+                await call.write(Frame(hello=hello).SerializeToString())
+                first = await call.read()
             if first is grpc.aio.EOF or first.WhichOneof("frame") != "welcome":
                 await _raise_status(call)
             self._welcomed_at = asyncio.get_running_loop().time()

@@ -102,6 +102,32 @@ def test_a_stream_that_is_cut_again_and_again_loses_and_repeats_nothing(cluster:
         assert client.get_run(training.run).next_seq == 50
 
 
+def test_a_stream_without_a_welcome_is_opened_again(
+    cluster: Cluster, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection over which nothing comes holds a run up for a bounded time, and is no progress."""
+    settings = dataclasses.replace(client_settings("x", key), give_up_after_seconds=6.0)
+    monkeypatch.setattr("treadle.stream.WELCOME_SECONDS", 0.5)
+    with (
+        TroubleProxy(cluster.gateway_address) as proxy,
+        ServiceClient(settings=dataclasses.replace(settings, address=proxy.address)) as client,
+    ):
+        training = client.create_lora_training_client(BASE, rank=4)
+        assert training.barrier().result(60).num_failed == 0
+        proxy.delay_seconds = 3600.0
+        proxy.cut()
+        handle = training.barrier()
+        with pytest.raises(TimeoutError):
+            handle.result(2)
+        proxy.delay_seconds = 0.0
+        proxy.cut()
+        assert handle.result(60).num_failed == 0
+        proxy.delay_seconds = 3600.0
+        proxy.cut()
+        with pytest.raises(UnavailableError, match="gave up"):
+            training.barrier().result(60)
+
+
 def test_a_connection_that_cannot_be_made_is_given_up_in_the_end(cluster: Cluster, key: str) -> None:
     """After the set time without progress the handles raise instead of waiting for ever."""
     settings = dataclasses.replace(client_settings("x", key), give_up_after_seconds=0.3, first_contact_seconds=0.3)
