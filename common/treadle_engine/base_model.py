@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ class BaseModel:
         dtype: str = "auto",
         device: str = "cpu",
         quantize: str = "none",
-    ) -> BaseModel:
+    ) -> Self:
         """Load a folder or a cached hub name; UNKNOWN_BASE if it is not a causal LM that packed passes can serve.
 
         `quantize` (none, int8, nf4) packs all linears but the unembedding; such a base is served as `name@quantize`.

@@ -53,21 +53,6 @@ class DecodeBase(BaseModel):
         self.block_rows = smallest_block(self)
         self._slots = AdapterSlots(self.sites, self.device, self.block_rows, ROW_MULTIPLE)
 
-    @classmethod
-    def load(
-        cls,
-        path_or_name: str,
-        *,
-        name: str | None = None,
-        dtype: str = "auto",
-        device: str = "cpu",
-        quantize: str = "none",
-    ) -> DecodeBase:
-        """Load a base for decoding; see `BaseModel.load`."""
-        base = super().load(path_or_name, name=name, dtype=dtype, device=device, quantize=quantize)
-        assert isinstance(base, DecodeBase)  # made by cls
-        return base
-
     def adapters(self, segments: Sequence[Segment]) -> StepAdapters:
         """Return the segments with their adapters in slots, for the calls of one step."""
         return StepAdapters(segments, self._slots)
