@@ -2,18 +2,31 @@
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-_spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/tables.py")
-assert _spec is not None
-assert _spec.loader is not None
-tables = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tables)
+
+
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tables, performance = _script("tables"), _script("performance")
 
 
 @pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: path.name)
 def test_tables_are_what_the_code_generates(document: Path) -> None:
     """Run `python docs/tables.py` after changing a setting or an error."""
     assert document.read_text() == tables.render(document)
+
+
+def test_performance_page_shows_the_runs_that_are_kept() -> None:
+    """Run `python docs/performance.py` after keeping a run with `python -m bench NAME --save TAG`."""
+    assert performance.PAGE.read_text() == performance.render()
