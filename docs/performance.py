@@ -12,10 +12,10 @@ PAGE = ROOT / "docs" / "performance.md"
 
 HEAD = """# Performance
 
-Written by `python docs/performance.py` from the runs kept in `bench/results`; `python -m bench NAME ... --save TAG` keeps
-one. Ratios are medians of interleaved rounds in one process unless a row says otherwise; CPU seconds are the ones to
-trust, because the machines were shared. No figure here was taken on a GPU. What a ratio is compared with, and how, is
-in the module's docstring (`bench/NAME.py`). Targets that were missed say so.
+Written by `python docs/performance.py` from the runs kept in `bench/results`
+(`python -m bench --save TAG NAME ...` keeps one). Ratios are medians of interleaved rounds in one process unless a row
+says otherwise; CPU seconds are the ones to trust, because the machines were shared. No figure here was taken on a GPU.
+What a ratio is compared with, and how, is in the module's docstring (`bench/NAME.py`). Missed targets say so.
 """
 
 
