@@ -14,11 +14,11 @@ from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, insert,
 
 from treadle.errors import make_error
 from treadle.names import RunName, check_tenant, parse_adapter
-from treadle.v1 import training_pb2, types_pb2
+from treadle.v1 import metrics_pb2, training_pb2, types_pb2
 from treadle_store import adapters, quotas
 from treadle_store.clock import to_timestamp
 from treadle_store.pages import PageRequest, decode_token, encode_token
-from treadle_store.tables import leases, runs
+from treadle_store.tables import leases, metrics, runs
 
 MAX_RANK: Final = 512
 DEFAULT_RANK: Final = 32
@@ -127,6 +127,7 @@ def to_run(row: RunRow, now_us: int) -> training_pb2.Run:
         epoch=row.epoch or 0,
         state=row.state,
         divergence=training_pb2.Divergence.FromString(row.divergence) if row.divergence else None,
+        latest=metrics_pb2.MetricPoint.FromString(row.latest) if row.latest else None,
     )
 
 
@@ -152,10 +153,17 @@ def lock_leased_run(connection: Connection, name: RunName, epoch: int) -> RunRow
 
 _LEASE_COLUMNS: Final = (leases.c.holder, leases.c.address, leases.c.epoch, leases.c.expires_us)
 _HAS_LEASE: Final = and_(leases.c.tenant == runs.c.tenant, leases.c.run == runs.c.run)
+_NEWEST_STEP: Final = and_(
+    metrics.c.tenant == runs.c.tenant,
+    metrics.c.run == runs.c.run,
+    metrics.c.source == metrics_pb2.METRIC_SOURCE_SERVICE,
+    metrics.c.step == runs.c.last_step,
+)
 
 
 def _select_runs() -> Select[*tuple[object, ...]]:
-    return select(*runs.c, *_LEASE_COLUMNS).select_from(runs.outerjoin(leases, _HAS_LEASE))
+    columns = (*runs.c, *_LEASE_COLUMNS, metrics.c.point.label("latest"))
+    return select(*columns).select_from(runs.outerjoin(leases, _HAS_LEASE).outerjoin(metrics, _NEWEST_STEP))
 
 
 # Built once: putting a statement together costs more than running it, and every journal write needs this one.

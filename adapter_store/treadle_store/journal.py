@@ -20,7 +20,7 @@ from treadle.errors import make_error
 from treadle.internal.v1 import journal_pb2, usage_pb2
 from treadle.names import RunName
 from treadle.v1 import training_pb2
-from treadle_store import quotas, usage
+from treadle_store import metrics, quotas, usage
 from treadle_store.catalog import RunRow, fetch_run, lock_leased_run, lock_run, to_run
 from treadle_store.clock import to_duration, to_timestamp
 from treadle_store.tables import leases, ops, results, runs, snapshots
@@ -112,7 +112,7 @@ def check_epoch(connection: Connection, name: RunName, epoch: int, *, lock: bool
 def write_entry(
     connection: Connection, entry: journal_pb2.JournalEntry, name: RunName, now_us: int
 ) -> usage_pb2.Budget | None:
-    """Appends operations and records results of one run, all of them or none; charges what the results cost.
+    """Appends operations and records results of one run with their metrics, all or none; charges what they cost.
 
     Returns what the tenant may still use, if it was charged and has a quota.
     Raises STALE_LEASE, SEQ_GAP, SEQ_REUSED or RUN_NOT_FOUND.
@@ -125,8 +125,9 @@ def write_entry(
         last_done_seq, fresh = _record_results(connection, name, last_seq, last_done_seq, entry.commits)
     # An ack beyond the results is a client's mistake; it must not drop what is still to come.
     acked_seq = max(row.acked_seq, min(entry.acked_seq, last_done_seq))
-    if (last_seq, last_done_seq, acked_seq) != (row.last_seq, row.last_done_seq, row.acked_seq):
-        position = {"last_seq": last_seq, "last_done_seq": last_done_seq, "acked_seq": acked_seq}
+    moved = metrics.record_steps(connection, name, row, fresh, now_us)
+    if moved or (last_seq, last_done_seq, acked_seq) != (row.last_seq, row.last_done_seq, row.acked_seq):
+        position = {"last_seq": last_seq, "last_done_seq": last_done_seq, "acked_seq": acked_seq, **moved}
         connection.execute(_MOVE_RUN, {**position, "of_tenant": name.tenant, "of_run": name.run})
     if acked_seq > row.acked_seq:
         _truncate(connection, name, acked_seq)

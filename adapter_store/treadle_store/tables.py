@@ -21,6 +21,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     false,
+    text,
 )
 
 metadata: Final = MetaData(
@@ -109,6 +110,12 @@ runs: Final = Table(
     Column("acked_seq", BigInteger, nullable=False),  # every result up to here was delivered
     Column("created_us", BigInteger, nullable=False),
     Column("divergence", LargeBinary),  # serialized treadle.v1.Divergence of a diverged run
+    # Counted here, because whoever writes a run's metrics holds its row: see metrics.
+    Column("metric_cursor", BigInteger, nullable=False, server_default=text("0")),
+    Column("num_recorded", BigInteger, nullable=False, server_default=text("0")),
+    Column("num_logged", BigInteger, nullable=False, server_default=text("0")),
+    Column("num_sampled", BigInteger, nullable=False, server_default=text("0")),
+    Column("last_step", BigInteger),  # of the newest optimizer step
     # Makes deduplication safe under concurrent retries. SQL takes NULLs as distinct, so a run that was made without
     # a request id never clashes.
     UniqueConstraint("tenant", "request_id"),
@@ -164,6 +171,34 @@ snapshots: Final = Table(
     Column("sha256", String(64), nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("state_digest", LargeBinary, nullable=False),
+    ForeignKeyConstraint(["tenant", "run"], _RUN, ondelete="CASCADE"),
+)
+
+# One point per step and source.
+metrics: Final = Table(
+    "metrics",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("run", String(64), primary_key=True),
+    Column("source", BigInteger, primary_key=True),  # treadle.v1.MetricSource
+    Column("step", BigInteger, primary_key=True),
+    Column("ordinal", BigInteger, nullable=False),  # place among the points of its source; says when it goes
+    Column("cursor", BigInteger, nullable=False),  # grows with every change of the run's metrics
+    Column("point", LargeBinary, nullable=False),  # serialized treadle.v1.MetricPoint
+    ForeignKeyConstraint(["tenant", "run"], _RUN, ondelete="CASCADE"),
+    Index(None, "tenant", "run", "cursor"),
+)
+
+# There are few: none is worth an index of its own.
+sample_sets: Final = Table(
+    "sample_sets",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("run", String(64), primary_key=True),
+    Column("step", BigInteger, primary_key=True),
+    Column("ordinal", BigInteger, nullable=False),
+    Column("cursor", BigInteger, nullable=False),
+    Column("samples", LargeBinary, nullable=False),  # serialized treadle.v1.SampleSet
     ForeignKeyConstraint(["tenant", "run"], _RUN, ondelete="CASCADE"),
 )
 

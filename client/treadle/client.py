@@ -13,6 +13,7 @@ from treadle.admin import AdminCalls
 from treadle.channel import Transport
 from treadle.convert import lora_to_proto, run_from
 from treadle.errors import BadNameError
+from treadle.metrics import MetricCalls
 from treadle.names import is_adapter, parse_adapter, parse_run
 from treadle.records import RunInfo
 from treadle.sampling import SamplingClient
@@ -25,7 +26,7 @@ _CLOSE_SECONDS = 30.0
 _PAGE_SIZE = 500
 
 
-class ServiceClient(AdapterCalls, AdminCalls):
+class ServiceClient(AdapterCalls, AdminCalls, MetricCalls):
     """One connection to a Treadle gateway, for any number of runs and threads.
 
     `base_url` (or TREADLE_ADDRESS) is host:port, `api_key` (or TREADLE_API_KEY) says who you are. The calls of this
@@ -43,6 +44,7 @@ class ServiceClient(AdapterCalls, AdminCalls):
         transport = Transport(settings or client_settings(base_url or address, api_key))
         AdapterCalls.__init__(self, transport)
         AdminCalls.__init__(self, transport)
+        MetricCalls.__init__(self, transport)
         self._training = training_pb2_grpc.TrainingServiceStub(transport.ops_channel)
         self._clients: list[TrainingClient] = []
         self._tokenizers: dict[str, str] = {}

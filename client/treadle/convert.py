@@ -13,13 +13,16 @@ from treadle.records import (
     AdapterInfo,
     Divergence,
     KeyInfo,
+    MetricPoint,
     RunInfo,
+    SampleSet,
     ServerCapabilities,
     SupportedModel,
+    TextSample,
     WorkerInfo,
 )
 from treadle.types import AdamParams, LoraConfig, SampledSequence, SamplingParams, StopReason, TopLogprobs
-from treadle.v1 import adapters_pb2, admin_pb2, sampling_pb2, training_pb2, types_pb2
+from treadle.v1 import adapters_pb2, admin_pb2, metrics_pb2, sampling_pb2, training_pb2, types_pb2
 from treadle.wire import decode_tokens, numpy_from_tensor
 
 _STOP_REASONS: Final[dict[int, StopReason]] = {
@@ -132,7 +135,23 @@ def run_from(run: training_pb2.Run) -> RunInfo:
         epoch=run.epoch,
         state=state,
         divergence=_divergence_from(run.divergence) if run.HasField("divergence") else None,
+        latest=metric_point_from(run.latest) if run.HasField("latest") else None,
     )
+
+
+def metric_point_from(point: metrics_pb2.MetricPoint) -> MetricPoint:
+    """Returns the metrics of a step."""
+    source: Literal["service", "user"] = "user" if point.source == metrics_pb2.METRIC_SOURCE_USER else "service"
+    return MetricPoint(point.step, time_from(point.time), source, dict(point.values))
+
+
+def sample_set_from(found: metrics_pb2.SampleSet) -> SampleSet:
+    """Returns the texts of a step."""
+    samples = tuple(
+        TextSample(sample.prompt, sample.response, sample.reward if sample.HasField("reward") else None)
+        for sample in found.samples
+    )
+    return SampleSet(found.step, time_from(found.time), samples)
 
 
 def _divergence_from(found: training_pb2.Divergence) -> Divergence:

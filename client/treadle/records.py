@@ -68,6 +68,42 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class MetricPoint:
+    """The metrics of one step: as the service recorded them with an optimizer step, or as the user logged them."""
+
+    step: int
+    time: datetime
+    source: Literal["service", "user"]
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class MetricSeries:
+    """Points in order of their last change; those that change later are behind `cursor`."""
+
+    points: list[MetricPoint]
+    cursor: int
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """A text that was sampled while a run trained."""
+
+    prompt: str
+    response: str
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The texts that were logged with a step."""
+
+    step: int
+    time: datetime
+    samples: tuple[TextSample, ...]
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """A run in the catalog."""
 
@@ -82,6 +118,8 @@ class RunInfo:
     epoch: int
     state: Literal["active", "diverged"]
     divergence: Divergence | None = None
+    latest: MetricPoint | None = None
+    """The newest optimizer step; None before the first."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Turns calls into operations and results into values; ordering, resending and acknowledging are the stream's.
 """
 
+import asyncio
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,8 +22,9 @@ from treadle.custom_loss import CustomLoss, run_custom_loss
 from treadle.errors import BadNameError
 from treadle.frames import prepare
 from treadle.futures import Handle
+from treadle.metrics import MetricLog
 from treadle.names import check_id, parse_adapter
-from treadle.records import GetInfoResponse, ModelData, RunInfo
+from treadle.records import GetInfoResponse, ModelData, RunInfo, TextSample
 from treadle.sampling import SamplingClient
 from treadle.stream import OperationStream, Results
 from treadle.tokenizers import load_tokenizer
@@ -54,6 +56,7 @@ class TrainingClient:
         self._tokenizer_id = tokenizer_id
         self._stub = training_pb2_grpc.TrainingServiceStub(transport.ops_channel)
         self._stream = OperationStream(transport, run.name, run.next_seq)
+        self._log = MetricLog(transport, run.name)
 
     @property
     def run(self) -> str:
@@ -133,6 +136,20 @@ class TrainingClient:
         answer = self._transport.start(self._transport.call_async(self._stub.CancelOperations, request))
         return Handle(answer, lambda response: list(response.cancelled_seqs))
 
+    def log_metrics(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        samples: Sequence[str | Mapping[str, object] | TextSample] = (),
+    ) -> Handle[None]:
+        """Keeps values (reward, KL, ...) and sampled texts of a step with the run; nobody need wait for the handle.
+
+        Loss, gradient norm, learning rate and tokens are recorded by the service without this. A step's values may
+        come in several calls; a name that comes again replaces its value. Texts are strings, or have prompt, response
+        and reward; at most 8 a step, those of a later call replace them. What is refused is also logged as a warning.
+        """
+        return Handle(self._log.add(step, values, samples), lambda nothing: nothing)
+
     def get_info(self) -> GetInfoResponse:
         """Returns what this client trains."""
         data = ModelData(model_name=self._info.base, tokenizer_id=self._tokenizer_id or self._info.base)
@@ -152,7 +169,10 @@ class TrainingClient:
 
     def close(self, wait_seconds: float = 30.0) -> None:
         """Waits for outstanding results, at most so long, and ends the stream."""
-        self._transport.wait(self._stream.close(wait_seconds))
+        self._transport.wait(self._close(wait_seconds))
+
+    async def _close(self, wait_seconds: float) -> None:
+        await asyncio.gather(self._stream.close(wait_seconds), self._log.flush(wait_seconds))
 
     def _load(self, path: str, *, with_optimizer: bool) -> Handle[LoadStateResponse]:
         name = parse_adapter(path)

@@ -36,6 +36,9 @@ METHOD_SCOPES: Final[dict[str, tuple[str, ...]]] = {
     # A key that may only sample must not carry the weights away.
     "/treadle.v1.AdapterService/PullAdapter": TRAIN,
     "/treadle.v1.AdapterService/PushAdapter": TRAIN,
+    "/treadle.v1.MetricsService/LogMetrics": TRAIN,
+    "/treadle.v1.MetricsService/ListMetrics": TRAIN,
+    "/treadle.v1.MetricsService/ListSamples": TRAIN,
     "/treadle.v1.AdminService/CreateTenant": ADMIN,
     "/treadle.v1.AdminService/ListTenants": ADMIN,
     "/treadle.v1.AdminService/CreateKey": ADMIN,

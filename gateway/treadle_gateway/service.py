@@ -1,6 +1,6 @@
 """The public services as the gateway answers them: a few methods itself, all others forwarded as bytes.
 
-Every method of the four services gets a handler from the services' own descriptors, so that none can be forgotten.
+Every method of these services gets a handler from the services' own descriptors, so that none can be forgotten.
 Knows nothing of keys: the principal is there when a handler runs.
 """
 
@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from treadle.errors import TreadleError, make_error
-from treadle.v1 import adapters_pb2, admin_pb2, sampling_pb2, training_pb2
+from treadle.v1 import adapters_pb2, admin_pb2, metrics_pb2, sampling_pb2, training_pb2
 from treadle_gateway.directory import Directory
 from treadle_gateway.forward import Forwarder, Target
 from treadle_gateway.routing import RETRY_SECONDS, pick_sampler
@@ -32,6 +32,7 @@ PUBLIC_SERVICES: Final[tuple[ServiceDescriptor, ...]] = (
     sampling_pb2.DESCRIPTOR.services_by_name["SamplingService"],
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"],
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
+    metrics_pb2.DESCRIPTOR.services_by_name["MetricsService"],
 )
 RUN_HEADER: Final = "x-treadle-run"
 MODEL_HEADER: Final = "x-treadle-model"

@@ -102,6 +102,29 @@ async def test_runs_are_listed_shown_and_deleted(front: Front) -> None:
     assert [row["worker"] for row in await rows(front, "worker", "list")] == ["trainer-0"]
 
 
+async def test_a_run_shows_its_newest_step(front: Front) -> None:
+    """With the metrics that the service recorded."""
+    await front.add_peer()
+    key = await front.tenant("acme", "train")
+    run = await front.new_run(key)
+    environment = {"TREADLE_API_KEY": key[0][1].removeprefix("Bearer ")}
+    assert (await rows(front, "run", "show", run, **environment))["step"] == 0
+    await front.claim(run, "trainer-0", "127.0.0.1:1")
+    step = journal_pb2.StepMetrics(step=7, values={"loss:sum": 2.5, "grad_norm:mean": 1 / 3})
+    entry = journal_pb2.JournalEntry(
+        run=run,
+        epoch=1,
+        appends=[journal_pb2.JournalAppend(seq=1)],
+        commits=[journal_pb2.JournalCommit(seq=1, result=b"result", metrics=step)],
+    )
+    write = journal_pb2.WriteJournalRequest(entries=[entry])
+    await journal_pb2_grpc.JournalServiceStub(front.store_channel).WriteJournal(
+        write, metadata=internal_metadata(TOKEN)
+    )
+    shown = await rows(front, "run", "show", run, **environment)
+    assert (shown["step"], shown["metrics"]) == (7, {"grad_norm:mean": 0.333333, "loss:sum": 2.5})
+
+
 async def test_a_diverged_run_shows_both_digests(front: Front) -> None:
     """`treadle run show` says at which operation a replay differed, and how."""
     await front.add_peer()

@@ -72,7 +72,7 @@ async def test_what_a_client_says_about_itself_is_not_believed(front: Front) -> 
 
 
 async def test_health_and_reflection_need_no_key(front: Front) -> None:
-    """Probes and grpcurl work; reflection names the four public services and no internal one."""
+    """Probes and grpcurl work; reflection names the public services and no internal one."""
     health = health_pb2_grpc.HealthStub(front.channel)
     await front.add_peer()
     assert (await health.Check(health_pb2.HealthCheckRequest(service="liveness"))).status == 1
@@ -80,7 +80,7 @@ async def test_health_and_reflection_need_no_key(front: Front) -> None:
     request = reflection_pb2.ServerReflectionRequest(list_services="*")
     async for answer in reflection.ServerReflectionInfo(iter([request])):
         names = {service.name for service in answer.list_services_response.service}
-    public = {f"treadle.v1.{name}Service" for name in ("Training", "Sampling", "Adapter", "Admin")}
+    public = {f"treadle.v1.{name}Service" for name in ("Training", "Sampling", "Adapter", "Admin", "Metrics")}
     assert {name for name in names if name.startswith("treadle")} == public
 
 

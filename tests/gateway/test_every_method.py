@@ -12,7 +12,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from tests.gateway.conftest import BASE, TOKEN, Front, bearer, read_all
 from treadle.errors import TreadleError, from_rpc_error
 from treadle.internal.v1 import blobs_pb2, blobs_pb2_grpc, journal_pb2, journal_pb2_grpc
-from treadle.v1 import adapters_pb2, admin_pb2, admin_pb2_grpc, sampling_pb2, training_pb2, types_pb2
+from treadle.v1 import (
+    adapters_pb2,
+    admin_pb2,
+    admin_pb2_grpc,
+    metrics_pb2,
+    sampling_pb2,
+    training_pb2,
+    types_pb2,
+)
 from treadle_gateway.scopes import METHOD_SCOPES
 from treadle_gateway.service import PUBLIC_SERVICES, path
 from treadle_service.channels import internal_metadata
@@ -78,6 +86,7 @@ class Named:
 
 
 _T, _S, _A = "/treadle.v1.TrainingService/", "/treadle.v1.SamplingService/", "/treadle.v1.AdapterService/"
+_M = "/treadle.v1.MetricsService/"
 GET_CAPABILITIES = "/treadle.v1.AdminService/GetCapabilities"
 NAMED = {
     _T + "GetRun": Named(training_pb2.GetRunRequest, "name", "run"),
@@ -96,6 +105,9 @@ NAMED = {
     _A + "DeleteCheckpoint": Named(adapters_pb2.DeleteCheckpointRequest, "name", "checkpoints/c"),
     _A + "PullAdapter": Named(adapters_pb2.PullAdapterRequest, "name", "revisions/a"),
     _A + "PushAdapter": Named(adapters_pb2.PushAdapterRequest, "header.run", "run"),
+    _M + "LogMetrics": Named(metrics_pb2.LogMetricsRequest, "run", "run"),
+    _M + "ListMetrics": Named(metrics_pb2.ListMetricsRequest, "run", "run"),
+    _M + "ListSamples": Named(metrics_pb2.ListSamplesRequest, "run", "run"),
 }
 LISTS = {
     _T + "ListRuns": training_pb2.ListRunsRequest(page_size=500),

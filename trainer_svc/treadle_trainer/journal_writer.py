@@ -110,11 +110,8 @@ class JournalWriter:
         pending.appends.append(entry)
         self._wake.set()
 
-    def commit(self, run: str, seq: int, result: bytes, state_digest: bytes, num_tokens: int, device_us: int) -> None:
+    def commit(self, run: str, commit: journal_pb2.JournalCommit) -> None:
         """Queues a result, the one after the last, with what it cost."""
-        commit = journal_pb2.JournalCommit(
-            seq=seq, result=result, state_digest=state_digest, num_tokens=num_tokens, device_us=device_us
-        )
         self._pending[run].commits.append(commit)
         self._wake.set()
 
@@ -175,7 +172,7 @@ class JournalWriter:
             entry.appends.append(append)
             last = append.seq
         for commit in pending.commits:
-            if commit.seq > last or not batch.take(_OVERHEAD_BYTES + len(commit.result)):
+            if commit.seq > last or not batch.take(_OVERHEAD_BYTES + commit.ByteSize()):
                 break
             entry.commits.append(commit)
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from google.protobuf.duration_pb2 import Duration
 
 from treadle.errors import TreadleError, make_error, to_operation_error
+from treadle.internal.v1 import journal_pb2
 from treadle.v1 import training_pb2, types_pb2
 from treadle_service import failpoints
 from treadle_service.budgets import TenantBudgets
@@ -36,6 +37,7 @@ from treadle_trainer.runs import (
     RunOrder,
     Verdict,
 )
+from treadle_trainer.step_metrics import StepMetrics
 
 # Of operations that had finished before a crash, only these changed what a snapshot or the next step holds.
 REPLAYED = frozenset({FORWARD_BACKWARD, OPTIM_STEP, LOAD_STATE})
@@ -72,6 +74,11 @@ class OpWork:
     """Whether the limits of this trainer hold; what was accepted in an earlier life must not depend on them."""
     device_seconds: float = 0.0
     """Time on the device, the time of a shared pass split by its tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that have passed over the base."""
+        return self.prepared.num_tokens if self.prepared is not None else 0
 
 
 RunOp = QueuedOp[OpWork]
@@ -140,6 +147,7 @@ class Resident:
         self.last_used = time.monotonic()
         self.lease_until = 0.0
         """Until then nobody else can have claimed the run, on the monotonic clock."""
+        self._step_metrics = StepMetrics()
         self._writer, self._prepare, self._wake = writer, prepare, wake
         self._on_diverged = on_diverged
         self._told_acked_seq = results.acked_seq
@@ -234,6 +242,9 @@ class Resident:
         self.last_used = time.monotonic()
         failed = isinstance(outcome, TreadleError)
         finished = self.order.finish(op.seq, failed=failed)
+        metrics = self._gather(op, outcome)
+        if finished.drop_gradient:
+            self._step_metrics.clear()
         if op.work.recorded is not None:
             self._compare(op, outcome, digest)
         else:
@@ -246,8 +257,15 @@ class Resident:
             self._stamp(op, result)
             data = result.SerializeToString()
             self._budgets.end(self.facts.tenant)
-            used = op.work.prepared.num_tokens if op.work.prepared is not None else 0
-            self._writer.commit(self.name, op.seq, data, digest, used, int(op.work.device_seconds * 1e6))
+            commit = journal_pb2.JournalCommit(
+                seq=op.seq,
+                result=data,
+                state_digest=digest,
+                num_tokens=op.work.num_tokens,
+                device_us=int(op.work.device_seconds * 1e6),
+                metrics=metrics,
+            )
+            self._writer.commit(self.name, commit)
             if self.results.put(op.seq, StoredResult(data, failed)):
                 self.announce()
         self._wake()
@@ -360,6 +378,20 @@ class Resident:
             seq=op.seq, recorded_digest=recorded.state_digest, replayed_digest=digest, message=message
         )
         self._on_diverged(self, found)
+
+    def _gather(
+        self, op: RunOp, outcome: training_pb2.OperationResult | TreadleError
+    ) -> journal_pb2.StepMetrics | None:
+        """Counts an operation in with the metrics of its step; returns them when the step has been made."""
+        if isinstance(outcome, TreadleError):
+            return None
+        if op.kind == FORWARD_BACKWARD:
+            self._step_metrics.add(outcome.forward_backward, op.work.num_tokens, op.work.device_seconds)
+        elif op.kind == OPTIM_STEP:
+            return self._step_metrics.step(outcome.optim_step)
+        elif op.kind == LOAD_STATE:
+            self._step_metrics.clear()
+        return None
 
     def _stamp(self, op: RunOp, result: training_pb2.OperationResult) -> None:
         now = time.monotonic()

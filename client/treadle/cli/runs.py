@@ -61,7 +61,7 @@ def show(place: Place, name: str) -> None:
         "epoch": found.epoch,
         "metadata": dict(found.metadata),
     }
-    print_row(place, {**_short(found), **details, **_divergence(found)})
+    print_row(place, {**_short(found), **details, **_latest(found), **_divergence(found)})
 
 
 @run.command()
@@ -89,6 +89,13 @@ def _short(found: "training_pb2.Run") -> Row:
         "worker": found.worker or None,
         "state": training_pb2.RunState.Name(found.state).removeprefix("RUN_STATE_").lower(),
     }
+
+
+def _latest(found: "training_pb2.Run") -> Row:
+    if not found.HasField("latest"):
+        return {"step": 0}
+    metrics = {name: float(f"{value:.6g}") for name, value in sorted(found.latest.values.items())}
+    return {"step": found.latest.step, "stepped": found.latest.time.ToJsonString(), "metrics": metrics}
 
 
 def _divergence(found: "training_pb2.Run") -> Row:

@@ -2,6 +2,7 @@ import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from treadle.v1 import metrics_pb2 as _metrics_pb2
 from treadle.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -22,7 +23,7 @@ RUN_STATE_ACTIVE: RunState
 RUN_STATE_DIVERGED: RunState
 
 class Run(_message.Message):
-    __slots__ = ("name", "base", "lora", "created", "next_seq", "last_done_seq", "metadata", "worker", "epoch", "state", "divergence")
+    __slots__ = ("name", "base", "lora", "created", "next_seq", "last_done_seq", "metadata", "worker", "epoch", "state", "divergence", "latest")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +42,7 @@ class Run(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    LATEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     base: str
     lora: _types_pb2.LoraConfig
@@ -52,7 +54,8 @@ class Run(_message.Message):
     epoch: int
     state: RunState
     divergence: Divergence
-    def __init__(self, name: _Optional[str] = ..., base: _Optional[str] = ..., lora: _Optional[_Union[_types_pb2.LoraConfig, _Mapping]] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., next_seq: _Optional[int] = ..., last_done_seq: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ..., worker: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[RunState, str]] = ..., divergence: _Optional[_Union[Divergence, _Mapping]] = ...) -> None: ...
+    latest: _metrics_pb2.MetricPoint
+    def __init__(self, name: _Optional[str] = ..., base: _Optional[str] = ..., lora: _Optional[_Union[_types_pb2.LoraConfig, _Mapping]] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., next_seq: _Optional[int] = ..., last_done_seq: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ..., worker: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[RunState, str]] = ..., divergence: _Optional[_Union[Divergence, _Mapping]] = ..., latest: _Optional[_Union[_metrics_pb2.MetricPoint, _Mapping]] = ...) -> None: ...
 
 class Divergence(_message.Message):
     __slots__ = ("seq", "recorded_digest", "replayed_digest", "message", "found")

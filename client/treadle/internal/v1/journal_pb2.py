@@ -29,7 +29,7 @@ from treadle.v1 import training_pb2 as treadle_dot_v1_dot_training__pb2
 from treadle.v1 import types_pb2 as treadle_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/journal.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1ftreadle/internal/v1/usage.proto\x1a\x19treadle/v1/adapters.proto\x1a\x19treadle/v1/training.proto\x1a\x16treadle/v1/types.proto\"e\n\x05Lease\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12,\n\tremaining\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"O\n\x12RegisterRunRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12)\n\x03run\x18\x02 \x01(\x0b\x32\x1c.treadle.v1.CreateRunRequest\"E\n\x13RegisterRunResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.treadle.v1.Run\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\x1f\n\x10LookupRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\\\n\x11LookupRunResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.treadle.v1.Run\x12)\n\x05lease\x18\x02 \x01(\x0b\x32\x1a.treadle.internal.v1.Lease\"H\n\x0fScanRunsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"J\n\x10ScanRunsResponse\x12\x1d\n\x04runs\x18\x01 \x03(\x0b\x32\x0f.treadle.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x10RemoveRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x13\n\x11RemoveRunResponse\"g\n\x0f\x43laimRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9e\x01\n\x10\x43laimRunResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.treadle.v1.Run\x12)\n\x05lease\x18\x02 \x01(\x0b\x32\x1a.treadle.internal.v1.Lease\x12\x14\n\x0c\x66rom_adapter\x18\x03 \x01(\t\x12+\n\x06\x62udget\x18\x04 \x01(\x0b\x32\x1b.treadle.internal.v1.Budget\"L\n\x12RenewLeasesRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x84\x01\n\x13RenewLeasesResponse\x12@\n\x04held\x18\x01 \x03(\x0b\x32\x32.treadle.internal.v1.RenewLeasesResponse.HeldEntry\x1a+\n\tHeldEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"/\n\x11ReleaseRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x14\n\x12ReleaseRunResponse\"U\n\rJournalAppend\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x06\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x16\n\x0epayload_sha256\x18\x04 \x01(\t\"i\n\rJournalCommit\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06result\x18\x02 \x01(\x0c\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x11\n\tdevice_us\x18\x05 \x01(\x04\"\xa7\x01\n\x0cJournalEntry\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x33\n\x07\x61ppends\x18\x03 \x03(\x0b\x32\".treadle.internal.v1.JournalAppend\x12\x33\n\x07\x63ommits\x18\x04 \x03(\x0b\x32\".treadle.internal.v1.JournalCommit\x12\x11\n\tacked_seq\x18\x05 \x01(\x04\"I\n\x13WriteJournalRequest\x12\x32\n\x07\x65ntries\x18\x01 \x03(\x0b\x32!.treadle.internal.v1.JournalEntry\"p\n\x14WriteJournalResponse\x12*\n\x06\x65rrors\x18\x01 \x03(\x0b\x32\x1a.treadle.v1.OperationError\x12,\n\x07\x62udgets\x18\x02 \x03(\x0b\x32\x1b.treadle.internal.v1.Budget\"-\n\x11ReadResultRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\"$\n\x12ReadResultResponse\x12\x0e\n\x06result\x18\x01 \x01(\x0c\"Y\n\x08Snapshot\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x05 \x01(\x0c\"c\n\x14WriteSnapshotRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12/\n\x08snapshot\x18\x03 \x01(\x0b\x32\x1d.treadle.internal.v1.Snapshot\"\x17\n\x15WriteSnapshotResponse\"]\n\x13MarkDivergedRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\ndivergence\x18\x03 \x01(\x0b\x32\x16.treadle.v1.Divergence\"\x16\n\x14MarkDivergedResponse\"/\n\x11RecoverRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x80\x01\n\x12JournaledOperation\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x06\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x16\n\x0epayload_sha256\x18\x04 \x01(\t\x12\x0e\n\x06result\x18\x05 \x01(\x0c\x12\x14\n\x0cstate_digest\x18\x06 \x01(\x0c\"f\n\x0eRecoveryHeader\x12/\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1d.treadle.internal.v1.Snapshot\x12\x11\n\tacked_seq\x18\x02 \x01(\x04\x12\x10\n\x08last_seq\x18\x03 \x01(\x04\"\x92\x01\n\x12RecoverRunResponse\x12\x35\n\x06header\x18\x01 \x01(\x0b\x32#.treadle.internal.v1.RecoveryHeaderH\x00\x12<\n\toperation\x18\x02 \x01(\x0b\x32\'.treadle.internal.v1.JournaledOperationH\x00\x42\x07\n\x05\x66rame\"e\n\x14RecordAdapterRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x13.treadle.v1.Adapter\x12\x0b\n\x03seq\x18\x04 \x01(\x04\"\x17\n\x15RecordAdapterResponse\"$\n\x14LookupAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x15LookupAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.treadle.v1.Adapter2\xdf\n\n\x0eJournalService\x12`\n\x0bRegisterRun\x12\'.treadle.internal.v1.RegisterRunRequest\x1a(.treadle.internal.v1.RegisterRunResponse\x12Z\n\tLookupRun\x12%.treadle.internal.v1.LookupRunRequest\x1a&.treadle.internal.v1.LookupRunResponse\x12W\n\x08ScanRuns\x12$.treadle.internal.v1.ScanRunsRequest\x1a%.treadle.internal.v1.ScanRunsResponse\x12Z\n\tRemoveRun\x12%.treadle.internal.v1.RemoveRunRequest\x1a&.treadle.internal.v1.RemoveRunResponse\x12W\n\x08\x43laimRun\x12$.treadle.internal.v1.ClaimRunRequest\x1a%.treadle.internal.v1.ClaimRunResponse\x12`\n\x0bRenewLeases\x12\'.treadle.internal.v1.RenewLeasesRequest\x1a(.treadle.internal.v1.RenewLeasesResponse\x12]\n\nReleaseRun\x12&.treadle.internal.v1.ReleaseRunRequest\x1a\'.treadle.internal.v1.ReleaseRunResponse\x12\x63\n\x0cWriteJournal\x12(.treadle.internal.v1.WriteJournalRequest\x1a).treadle.internal.v1.WriteJournalResponse\x12]\n\nReadResult\x12&.treadle.internal.v1.ReadResultRequest\x1a\'.treadle.internal.v1.ReadResultResponse\x12\x66\n\rWriteSnapshot\x12).treadle.internal.v1.WriteSnapshotRequest\x1a*.treadle.internal.v1.WriteSnapshotResponse\x12\x63\n\x0cMarkDiverged\x12(.treadle.internal.v1.MarkDivergedRequest\x1a).treadle.internal.v1.MarkDivergedResponse\x12_\n\nRecoverRun\x12&.treadle.internal.v1.RecoverRunRequest\x1a\'.treadle.internal.v1.RecoverRunResponse0\x01\x12\x66\n\rRecordAdapter\x12).treadle.internal.v1.RecordAdapterRequest\x1a*.treadle.internal.v1.RecordAdapterResponse\x12\x66\n\rLookupAdapter\x12).treadle.internal.v1.LookupAdapterRequest\x1a*.treadle.internal.v1.LookupAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/journal.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1ftreadle/internal/v1/usage.proto\x1a\x19treadle/v1/adapters.proto\x1a\x19treadle/v1/training.proto\x1a\x16treadle/v1/types.proto\"e\n\x05Lease\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12,\n\tremaining\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"O\n\x12RegisterRunRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12)\n\x03run\x18\x02 \x01(\x0b\x32\x1c.treadle.v1.CreateRunRequest\"E\n\x13RegisterRunResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.treadle.v1.Run\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\x1f\n\x10LookupRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\\\n\x11LookupRunResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.treadle.v1.Run\x12)\n\x05lease\x18\x02 \x01(\x0b\x32\x1a.treadle.internal.v1.Lease\"H\n\x0fScanRunsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"J\n\x10ScanRunsResponse\x12\x1d\n\x04runs\x18\x01 \x03(\x0b\x32\x0f.treadle.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x10RemoveRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x13\n\x11RemoveRunResponse\"g\n\x0f\x43laimRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9e\x01\n\x10\x43laimRunResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.treadle.v1.Run\x12)\n\x05lease\x18\x02 \x01(\x0b\x32\x1a.treadle.internal.v1.Lease\x12\x14\n\x0c\x66rom_adapter\x18\x03 \x01(\t\x12+\n\x06\x62udget\x18\x04 \x01(\x0b\x32\x1b.treadle.internal.v1.Budget\"L\n\x12RenewLeasesRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x84\x01\n\x13RenewLeasesResponse\x12@\n\x04held\x18\x01 \x03(\x0b\x32\x32.treadle.internal.v1.RenewLeasesResponse.HeldEntry\x1a+\n\tHeldEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"/\n\x11ReleaseRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x14\n\x12ReleaseRunResponse\"U\n\rJournalAppend\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x06\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x16\n\x0epayload_sha256\x18\x04 \x01(\t\"\x9c\x01\n\rJournalCommit\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06result\x18\x02 \x01(\x0c\x12\x14\n\x0cstate_digest\x18\x03 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x11\n\tdevice_us\x18\x05 \x01(\x04\x12\x31\n\x07metrics\x18\x06 \x01(\x0b\x32 .treadle.internal.v1.StepMetrics\"\x88\x01\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12<\n\x06values\x18\x02 \x03(\x0b\x32,.treadle.internal.v1.StepMetrics.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa7\x01\n\x0cJournalEntry\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x33\n\x07\x61ppends\x18\x03 \x03(\x0b\x32\".treadle.internal.v1.JournalAppend\x12\x33\n\x07\x63ommits\x18\x04 \x03(\x0b\x32\".treadle.internal.v1.JournalCommit\x12\x11\n\tacked_seq\x18\x05 \x01(\x04\"I\n\x13WriteJournalRequest\x12\x32\n\x07\x65ntries\x18\x01 \x03(\x0b\x32!.treadle.internal.v1.JournalEntry\"p\n\x14WriteJournalResponse\x12*\n\x06\x65rrors\x18\x01 \x03(\x0b\x32\x1a.treadle.v1.OperationError\x12,\n\x07\x62udgets\x18\x02 \x03(\x0b\x32\x1b.treadle.internal.v1.Budget\"-\n\x11ReadResultRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x04\"$\n\x12ReadResultResponse\x12\x0e\n\x06result\x18\x01 \x01(\x0c\"Y\n\x08Snapshot\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x14\n\x0cstate_digest\x18\x05 \x01(\x0c\"c\n\x14WriteSnapshotRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12/\n\x08snapshot\x18\x03 \x01(\x0b\x32\x1d.treadle.internal.v1.Snapshot\"\x17\n\x15WriteSnapshotResponse\"]\n\x13MarkDivergedRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\ndivergence\x18\x03 \x01(\x0b\x32\x16.treadle.v1.Divergence\"\x16\n\x14MarkDivergedResponse\"/\n\x11RecoverRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x80\x01\n\x12JournaledOperation\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x06\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x16\n\x0epayload_sha256\x18\x04 \x01(\t\x12\x0e\n\x06result\x18\x05 \x01(\x0c\x12\x14\n\x0cstate_digest\x18\x06 \x01(\x0c\"f\n\x0eRecoveryHeader\x12/\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1d.treadle.internal.v1.Snapshot\x12\x11\n\tacked_seq\x18\x02 \x01(\x04\x12\x10\n\x08last_seq\x18\x03 \x01(\x04\"\x92\x01\n\x12RecoverRunResponse\x12\x35\n\x06header\x18\x01 \x01(\x0b\x32#.treadle.internal.v1.RecoveryHeaderH\x00\x12<\n\toperation\x18\x02 \x01(\x0b\x32\'.treadle.internal.v1.JournaledOperationH\x00\x42\x07\n\x05\x66rame\"e\n\x14RecordAdapterRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x13.treadle.v1.Adapter\x12\x0b\n\x03seq\x18\x04 \x01(\x04\"\x17\n\x15RecordAdapterResponse\"$\n\x14LookupAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x15LookupAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.treadle.v1.Adapter2\xdf\n\n\x0eJournalService\x12`\n\x0bRegisterRun\x12\'.treadle.internal.v1.RegisterRunRequest\x1a(.treadle.internal.v1.RegisterRunResponse\x12Z\n\tLookupRun\x12%.treadle.internal.v1.LookupRunRequest\x1a&.treadle.internal.v1.LookupRunResponse\x12W\n\x08ScanRuns\x12$.treadle.internal.v1.ScanRunsRequest\x1a%.treadle.internal.v1.ScanRunsResponse\x12Z\n\tRemoveRun\x12%.treadle.internal.v1.RemoveRunRequest\x1a&.treadle.internal.v1.RemoveRunResponse\x12W\n\x08\x43laimRun\x12$.treadle.internal.v1.ClaimRunRequest\x1a%.treadle.internal.v1.ClaimRunResponse\x12`\n\x0bRenewLeases\x12\'.treadle.internal.v1.RenewLeasesRequest\x1a(.treadle.internal.v1.RenewLeasesResponse\x12]\n\nReleaseRun\x12&.treadle.internal.v1.ReleaseRunRequest\x1a\'.treadle.internal.v1.ReleaseRunResponse\x12\x63\n\x0cWriteJournal\x12(.treadle.internal.v1.WriteJournalRequest\x1a).treadle.internal.v1.WriteJournalResponse\x12]\n\nReadResult\x12&.treadle.internal.v1.ReadResultRequest\x1a\'.treadle.internal.v1.ReadResultResponse\x12\x66\n\rWriteSnapshot\x12).treadle.internal.v1.WriteSnapshotRequest\x1a*.treadle.internal.v1.WriteSnapshotResponse\x12\x63\n\x0cMarkDiverged\x12(.treadle.internal.v1.MarkDivergedRequest\x1a).treadle.internal.v1.MarkDivergedResponse\x12_\n\nRecoverRun\x12&.treadle.internal.v1.RecoverRunRequest\x1a\'.treadle.internal.v1.RecoverRunResponse0\x01\x12\x66\n\rRecordAdapter\x12).treadle.internal.v1.RecordAdapterRequest\x1a*.treadle.internal.v1.RecordAdapterResponse\x12\x66\n\rLookupAdapter\x12).treadle.internal.v1.LookupAdapterRequest\x1a*.treadle.internal.v1.LookupAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RENEWLEASESRESPONSE_HELDENTRY']._loaded_options = None
   _globals['_RENEWLEASESRESPONSE_HELDENTRY']._serialized_options = b'8\001'
+  _globals['_STEPMETRICS_VALUESENTRY']._loaded_options = None
+  _globals['_STEPMETRICS_VALUESENTRY']._serialized_options = b'8\001'
   _globals['_LEASE']._serialized_start=201
   _globals['_LEASE']._serialized_end=302
   _globals['_REGISTERRUNREQUEST']._serialized_start=304
@@ -72,44 +74,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASERUNRESPONSE']._serialized_end=1335
   _globals['_JOURNALAPPEND']._serialized_start=1337
   _globals['_JOURNALAPPEND']._serialized_end=1422
-  _globals['_JOURNALCOMMIT']._serialized_start=1424
-  _globals['_JOURNALCOMMIT']._serialized_end=1529
-  _globals['_JOURNALENTRY']._serialized_start=1532
-  _globals['_JOURNALENTRY']._serialized_end=1699
-  _globals['_WRITEJOURNALREQUEST']._serialized_start=1701
-  _globals['_WRITEJOURNALREQUEST']._serialized_end=1774
-  _globals['_WRITEJOURNALRESPONSE']._serialized_start=1776
-  _globals['_WRITEJOURNALRESPONSE']._serialized_end=1888
-  _globals['_READRESULTREQUEST']._serialized_start=1890
-  _globals['_READRESULTREQUEST']._serialized_end=1935
-  _globals['_READRESULTRESPONSE']._serialized_start=1937
-  _globals['_READRESULTRESPONSE']._serialized_end=1973
-  _globals['_SNAPSHOT']._serialized_start=1975
-  _globals['_SNAPSHOT']._serialized_end=2064
-  _globals['_WRITESNAPSHOTREQUEST']._serialized_start=2066
-  _globals['_WRITESNAPSHOTREQUEST']._serialized_end=2165
-  _globals['_WRITESNAPSHOTRESPONSE']._serialized_start=2167
-  _globals['_WRITESNAPSHOTRESPONSE']._serialized_end=2190
-  _globals['_MARKDIVERGEDREQUEST']._serialized_start=2192
-  _globals['_MARKDIVERGEDREQUEST']._serialized_end=2285
-  _globals['_MARKDIVERGEDRESPONSE']._serialized_start=2287
-  _globals['_MARKDIVERGEDRESPONSE']._serialized_end=2309
-  _globals['_RECOVERRUNREQUEST']._serialized_start=2311
-  _globals['_RECOVERRUNREQUEST']._serialized_end=2358
-  _globals['_JOURNALEDOPERATION']._serialized_start=2361
-  _globals['_JOURNALEDOPERATION']._serialized_end=2489
-  _globals['_RECOVERYHEADER']._serialized_start=2491
-  _globals['_RECOVERYHEADER']._serialized_end=2593
-  _globals['_RECOVERRUNRESPONSE']._serialized_start=2596
-  _globals['_RECOVERRUNRESPONSE']._serialized_end=2742
-  _globals['_RECORDADAPTERREQUEST']._serialized_start=2744
-  _globals['_RECORDADAPTERREQUEST']._serialized_end=2845
-  _globals['_RECORDADAPTERRESPONSE']._serialized_start=2847
-  _globals['_RECORDADAPTERRESPONSE']._serialized_end=2870
-  _globals['_LOOKUPADAPTERREQUEST']._serialized_start=2872
-  _globals['_LOOKUPADAPTERREQUEST']._serialized_end=2908
-  _globals['_LOOKUPADAPTERRESPONSE']._serialized_start=2910
-  _globals['_LOOKUPADAPTERRESPONSE']._serialized_end=2971
-  _globals['_JOURNALSERVICE']._serialized_start=2974
-  _globals['_JOURNALSERVICE']._serialized_end=4349
+  _globals['_JOURNALCOMMIT']._serialized_start=1425
+  _globals['_JOURNALCOMMIT']._serialized_end=1581
+  _globals['_STEPMETRICS']._serialized_start=1584
+  _globals['_STEPMETRICS']._serialized_end=1720
+  _globals['_STEPMETRICS_VALUESENTRY']._serialized_start=1675
+  _globals['_STEPMETRICS_VALUESENTRY']._serialized_end=1720
+  _globals['_JOURNALENTRY']._serialized_start=1723
+  _globals['_JOURNALENTRY']._serialized_end=1890
+  _globals['_WRITEJOURNALREQUEST']._serialized_start=1892
+  _globals['_WRITEJOURNALREQUEST']._serialized_end=1965
+  _globals['_WRITEJOURNALRESPONSE']._serialized_start=1967
+  _globals['_WRITEJOURNALRESPONSE']._serialized_end=2079
+  _globals['_READRESULTREQUEST']._serialized_start=2081
+  _globals['_READRESULTREQUEST']._serialized_end=2126
+  _globals['_READRESULTRESPONSE']._serialized_start=2128
+  _globals['_READRESULTRESPONSE']._serialized_end=2164
+  _globals['_SNAPSHOT']._serialized_start=2166
+  _globals['_SNAPSHOT']._serialized_end=2255
+  _globals['_WRITESNAPSHOTREQUEST']._serialized_start=2257
+  _globals['_WRITESNAPSHOTREQUEST']._serialized_end=2356
+  _globals['_WRITESNAPSHOTRESPONSE']._serialized_start=2358
+  _globals['_WRITESNAPSHOTRESPONSE']._serialized_end=2381
+  _globals['_MARKDIVERGEDREQUEST']._serialized_start=2383
+  _globals['_MARKDIVERGEDREQUEST']._serialized_end=2476
+  _globals['_MARKDIVERGEDRESPONSE']._serialized_start=2478
+  _globals['_MARKDIVERGEDRESPONSE']._serialized_end=2500
+  _globals['_RECOVERRUNREQUEST']._serialized_start=2502
+  _globals['_RECOVERRUNREQUEST']._serialized_end=2549
+  _globals['_JOURNALEDOPERATION']._serialized_start=2552
+  _globals['_JOURNALEDOPERATION']._serialized_end=2680
+  _globals['_RECOVERYHEADER']._serialized_start=2682
+  _globals['_RECOVERYHEADER']._serialized_end=2784
+  _globals['_RECOVERRUNRESPONSE']._serialized_start=2787
+  _globals['_RECOVERRUNRESPONSE']._serialized_end=2933
+  _globals['_RECORDADAPTERREQUEST']._serialized_start=2935
+  _globals['_RECORDADAPTERREQUEST']._serialized_end=3036
+  _globals['_RECORDADAPTERRESPONSE']._serialized_start=3038
+  _globals['_RECORDADAPTERRESPONSE']._serialized_end=3061
+  _globals['_LOOKUPADAPTERREQUEST']._serialized_start=3063
+  _globals['_LOOKUPADAPTERREQUEST']._serialized_end=3099
+  _globals['_LOOKUPADAPTERRESPONSE']._serialized_start=3101
+  _globals['_LOOKUPADAPTERRESPONSE']._serialized_end=3162
+  _globals['_JOURNALSERVICE']._serialized_start=3165
+  _globals['_JOURNALSERVICE']._serialized_end=4540
 # @@protoc_insertion_point(module_scope)

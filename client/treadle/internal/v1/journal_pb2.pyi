@@ -153,18 +153,35 @@ class JournalAppend(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., digest: _Optional[int] = ..., payload: _Optional[bytes] = ..., payload_sha256: _Optional[str] = ...) -> None: ...
 
 class JournalCommit(_message.Message):
-    __slots__ = ("seq", "result", "state_digest", "num_tokens", "device_us")
+    __slots__ = ("seq", "result", "state_digest", "num_tokens", "device_us", "metrics")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     STATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_US_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     seq: int
     result: bytes
     state_digest: bytes
     num_tokens: int
     device_us: int
-    def __init__(self, seq: _Optional[int] = ..., result: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., device_us: _Optional[int] = ...) -> None: ...
+    metrics: StepMetrics
+    def __init__(self, seq: _Optional[int] = ..., result: _Optional[bytes] = ..., state_digest: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., device_us: _Optional[int] = ..., metrics: _Optional[_Union[StepMetrics, _Mapping]] = ...) -> None: ...
+
+class StepMetrics(_message.Message):
+    __slots__ = ("step", "values")
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    values: _containers.ScalarMap[str, float]
+    def __init__(self, step: _Optional[int] = ..., values: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class JournalEntry(_message.Message):
     __slots__ = ("run", "epoch", "appends", "commits", "acked_seq")
