@@ -73,7 +73,9 @@ class WorkerRegistry:
         for entry in self.live():
             base = merged.setdefault(entry.base.name, admin_pb2.BaseModel())
             trainable, sampleable = base.trainable, base.sampleable
+            budgets = [size for size in (base.max_tokens_per_pass, entry.base.max_tokens_per_pass) if size]
             base.CopyFrom(entry.base)
+            base.max_tokens_per_pass = min(budgets, default=0)
             base.trainable = trainable or entry.worker.kind == admin_pb2.WORKER_KIND_TRAINER
             base.sampleable = sampleable or entry.worker.kind == admin_pb2.WORKER_KIND_SAMPLER
         return [merged[name] for name in sorted(merged)]

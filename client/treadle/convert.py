@@ -216,6 +216,7 @@ def capabilities_from(response: admin_pb2.GetCapabilitiesResponse) -> ServerCapa
             dtype=base.dtype,
             num_parameters=base.num_parameters,
             eos_token_ids=tuple(base.eos_token_ids),
+            max_tokens_per_pass=base.max_tokens_per_pass,
         )
         for base in response.bases
     ]

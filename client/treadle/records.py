@@ -43,6 +43,8 @@ class SupportedModel:
     dtype: str
     num_parameters: int
     eos_token_ids: tuple[int, ...] = ()
+    max_tokens_per_pass: int = 0
+    """Most positions of one training pass and of one training sequence; 0 when no trainer holds the base."""
 
 
 @dataclass(frozen=True)

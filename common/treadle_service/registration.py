@@ -77,6 +77,7 @@ class Registration:
             tokenizer=facts.path,
             num_parameters=facts.num_parameters,
             eos_token_ids=facts.eos_token_ids,
+            max_tokens_per_pass=worker.max_tokens_per_pass,
         )
 
     async def reach(self) -> None:

@@ -81,7 +81,7 @@ class PassCost(_message.Message):
     def __init__(self, fixed_seconds: _Optional[float] = ..., seconds_per_token: _Optional[float] = ..., seconds_per_square: _Optional[float] = ..., bytes_per_token: _Optional[int] = ...) -> None: ...
 
 class BaseModel(_message.Message):
-    __slots__ = ("name", "max_context", "vocab_size", "dtype", "trainable", "sampleable", "tokenizer", "num_parameters", "eos_token_ids")
+    __slots__ = ("name", "max_context", "vocab_size", "dtype", "trainable", "sampleable", "tokenizer", "num_parameters", "eos_token_ids", "max_tokens_per_pass")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +91,7 @@ class BaseModel(_message.Message):
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_PER_PASS_FIELD_NUMBER: _ClassVar[int]
     name: str
     max_context: int
     vocab_size: int
@@ -100,7 +101,8 @@ class BaseModel(_message.Message):
     tokenizer: str
     num_parameters: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., trainable: bool = ..., sampleable: bool = ..., tokenizer: _Optional[str] = ..., num_parameters: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    max_tokens_per_pass: int
+    def __init__(self, name: _Optional[str] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ..., dtype: _Optional[str] = ..., trainable: bool = ..., sampleable: bool = ..., tokenizer: _Optional[str] = ..., num_parameters: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., max_tokens_per_pass: _Optional[int] = ...) -> None: ...
 
 class CreateTenantRequest(_message.Message):
     __slots__ = ("tenant",)
