@@ -8,6 +8,7 @@ from treadle.cli.lazy import LazyCommand, LazyGroup
 COMMANDS = {
     "up": LazyCommand("treadle.cli.up:up", "Start a whole Treadle on this machine."),
     "demo": LazyCommand("treadle.cli.demo:demo", "Two tenants train two adapters on one base, on this machine."),
+    "sft": LazyCommand("treadle.cli.train:sft", "Fine-tune an adapter on your own examples."),
     "key": LazyCommand("treadle.cli.keys:key", "Create, list and revoke API keys."),
     "tenant": LazyCommand("treadle.cli.tenants:tenant", "Create and list tenants, set their quotas."),
     "usage": LazyCommand("treadle.cli.usage:usage", "Show what a tenant has used."),

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from treadle.cli.settings import DEFAULT_DATA_DIR, admin_key, gateway_address
+
+if TYPE_CHECKING:
+    from treadle.client import ServiceClient
 
 Format = Literal["table", "json"]
 Metadata = tuple[tuple[str, str], ...]
@@ -94,6 +97,20 @@ def report_errors(place: Place) -> Iterator[None]:
         raised = error if isinstance(error, TreadleError) else from_rpc_error(error)
         where = f" (at {place.address})" if raised.reason == "UNAVAILABLE" else ""
         raise click.ClickException(f"{raised}{where}") from error
+
+
+@contextmanager
+def open_service(place: Place) -> Iterator["ServiceClient"]:
+    """Gives a service client, and reports errors of the service, of data and of settings as one line."""
+    from treadle.client import ServiceClient
+    from treadle.recipes.rows import DataError
+    from treadle.settings import client_settings
+
+    with report_errors(place), ServiceClient(settings=client_settings(place.address, place.key, place.ca)) as client:
+        try:
+            yield client
+        except DataError as error:
+            raise click.ClickException(str(error)) from error
 
 
 @contextmanager
