@@ -18,6 +18,7 @@ SERVICES = {
         "treadle.v1.SamplingService",
         "treadle.v1.AdapterService",
         "treadle.v1.AdminService",
+        "treadle.v1.MetricsService",
     },
     "trainer": {"treadle.v1.TrainingService", "treadle.internal.v1.TrainerService"},
     "sampler": {"treadle.v1.SamplingService", "treadle.internal.v1.SamplerService"},
@@ -30,6 +31,7 @@ SERVICES = {
         "treadle.internal.v1.WorkerService",
         "treadle.v1.AdapterService",
         "treadle.v1.AdminService",
+        "treadle.v1.MetricsService",
     },
 }
 
