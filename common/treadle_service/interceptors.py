@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import grpc
@@ -94,13 +94,13 @@ def _wrap(handler: Handler, details: grpc.HandlerCallDetails, interceptor: Wrapp
     read = _read_all if handler.request_streaming else _read
 
     async def unary(request: Any, context: Context) -> Any:
-        async with _answering(context, details.method) as call:
+        async with _answering_call(context, details.method) as call:
             await interceptor.before(details)
             interceptor.entered(details, call)
             return await behaviour(read(parse, request), context)
 
     async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-        async with _answering(context, details.method) as call:
+        async with _answering_call(context, details.method) as call:
             await interceptor.before(details)
             interceptor.entered(details, call)
             async for response in behaviour(read(parse, request), context):
@@ -141,23 +141,30 @@ def _behaviour(handler: Handler) -> tuple[Any, Callable[..., Handler]]:
     return handler.unary_unary, cast(Any, grpc.unary_unary_rpc_method_handler)
 
 
-@asynccontextmanager
-async def _answering(context: Context, method: str) -> AsyncIterator[RunningCall]:
+def _answering_call(context: Context, method: str) -> AbstractAsyncContextManager[RunningCall]:
     # The stub's protocol of a callback is a plain class.
     call = RunningCall(lambda callback: context.add_done_callback(lambda _: callback()))  # type: ignore[arg-type]
+    return answering(call, method, lambda error: _abort(context, error))
+
+
+@asynccontextmanager
+async def answering(
+    call: RunningCall, method: str, fail: Callable[[TreadleError], Awaitable[None]]
+) -> AsyncIterator[RunningCall]:
+    """Has `fail` answer with whatever is raised inside, and with the reason why the call was ended from outside."""
     try:
         yield call
     except asyncio.CancelledError:
         if call.ended is None:
             raise
-        await _abort(context, call.ended)
+        await fail(call.ended)
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
     except TreadleError as error:
-        await _abort(context, error)
+        await fail(error)
     except Exception as error:
         log.exception("call_failed", method=method, exc_info=error)
-        await _abort(context, make_error("INTERNAL", "the service failed at this call; its log has the reason"))
+        await fail(make_error("INTERNAL", "the service failed at this call; its log has the reason"))
 
 
 async def _abort(context: Context, error: TreadleError) -> None:

@@ -35,8 +35,10 @@ class ServiceHost:
 
     def __init__(self, settings: ServiceSettings, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
         self.settings = settings
+        self.interceptors = interceptors
         self.draining = asyncio.Event()
         self.address = ""
+        self.http_address = ""
         self.server = grpc.aio.server(
             interceptors=[*interceptors] or [ErrorInterceptor()],
             options=SERVER_OPTIONS,

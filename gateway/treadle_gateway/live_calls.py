@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from treadle.errors import make_error
 from treadle_service.interceptors import RunningCall
 from treadle_service.principal import Principal
 
 RETRY_SECONDS: Final = 1.0
+CallKind = Literal["call", "stream", "request"]
+"""A gRPC call, a stream of operations, or an HTTP request: they are counted apart."""
+_NAMES: Final[dict[CallKind, str]] = {"call": "calls", "stream": "operation streams", "request": "HTTP requests"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,12 @@ class CallLimits:
     total: int
     calls_per_tenant: int
     streams_per_tenant: int
+    requests_per_tenant: int
+
+    def of(self, kind: CallKind) -> int:
+        """Returns how many of a kind one tenant may have open."""
+        limits = {"call": self.calls_per_tenant, "stream": self.streams_per_tenant, "request": self.requests_per_tenant}
+        return limits[kind]
 
 
 class LiveCalls:
@@ -35,7 +44,7 @@ class LiveCalls:
         self._limits = limits
         self._num_admitting = 0
         self._calls: dict[RunningCall, Principal] = {}
-        self._per_tenant: Counter[tuple[str, bool]] = Counter()
+        self._per_tenant: Counter[tuple[str, CallKind]] = Counter()
 
     def __len__(self) -> int:
         return len(self._calls) + self._num_admitting
@@ -51,13 +60,12 @@ class LiveCalls:
         finally:
             self._num_admitting -= 1
 
-    def enter(self, call: RunningCall, principal: Principal, *, stream: bool) -> None:
+    def enter(self, call: RunningCall, principal: Principal, kind: CallKind) -> None:
         """Counts a call in until it is done; QUEUE_FULL when its tenant has as many as one may have."""
-        limit = self._limits.streams_per_tenant if stream else self._limits.calls_per_tenant
-        slot = (principal.tenant, stream)
+        limit, slot = self._limits.of(kind), (principal.tenant, kind)
         if self._per_tenant[slot] >= limit:
-            what = "operation streams" if stream else "calls"
-            raise make_error("QUEUE_FULL", f"you have {limit} {what} open at this gateway; try again", RETRY_SECONDS)
+            what = f"{limit} {_NAMES[kind]} open at this gateway"
+            raise make_error("QUEUE_FULL", f"you have {what}; try again", RETRY_SECONDS)
         self._per_tenant[slot] += 1
         self._calls[call] = principal
         call.on_done(self._leaver(call, slot))
@@ -72,7 +80,7 @@ class LiveCalls:
             if principal.key_id in key_ids:
                 call.end(make_error("UNAUTHENTICATED", "the key of this call was revoked or has expired"))
 
-    def _leaver(self, call: RunningCall, slot: tuple[str, bool]) -> Callable[[], None]:
+    def _leaver(self, call: RunningCall, slot: tuple[str, CallKind]) -> Callable[[], None]:
         def leave() -> None:
             if self._calls.pop(call, None) is not None:
                 self._per_tenant[slot] -= 1

@@ -50,13 +50,18 @@ class Gateway:
         self._store_address = store_address
         self._runs = RunService(directory, forwarder.upstreams)
 
+    def handlers(self) -> dict[str, "Handler"]:
+        """Returns the handlers of all public methods by path."""
+        own = self._runs.handlers()
+        methods = [method for service in PUBLIC_SERVICES for method in service.methods]
+        return {path(method): own.get(path(method)) or self._raw(method) for method in methods}
+
     def generic_handlers(self) -> list[grpc.GenericRpcHandler]:
         """Returns one handler per public service."""
-        own = self._runs.handlers()
+        handlers = self.handlers()
         return [
             grpc.method_handlers_generic_handler(
-                service.full_name,
-                {method.name: own.get(path(method)) or self._raw(method) for method in service.methods},
+                service.full_name, {method.name: handlers[path(method)] for method in service.methods}
             )
             for service in PUBLIC_SERVICES
         ]

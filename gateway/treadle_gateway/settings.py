@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from treadle_service.settings import ServiceSettings
-from treadle_service.tls import KeyPair, ServerTls
+from treadle_service.tls import KeyPair, ServerTls, is_loopback
 
 
 class GatewaySettings(ServiceSettings):
@@ -16,6 +16,10 @@ class GatewaySettings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="TREADLE_GATEWAY_")
 
     listen: str = Field("127.0.0.1:7600", description="host:port to serve gRPC on; port 0 takes a free one")
+    http_listen: str = Field(
+        "127.0.0.1:7680", description="host:port to serve HTTP on; port 0 takes a free one, empty serves none"
+    )
+    http_address_file: Path | None = Field(None, description="file that receives the bound host:port of HTTP")
     store_address: str = Field("127.0.0.1:7630", description="host:port of the adapter store")
     refresh_seconds: float = Field(1.0, gt=0, description="time between two looks at the list of live workers")
     key_cache_seconds: float = Field(
@@ -30,6 +34,10 @@ class GatewaySettings(ServiceSettings):
         512, ge=1, description="operation streams that one tenant may have open at once"
     )
 
+    max_requests_per_tenant: int = Field(
+        4096, ge=1, description="HTTP requests that one tenant may have open at once, long polls included"
+    )
+
     @model_validator(mode="after")
     def _check_pair(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -39,9 +47,28 @@ class GatewaySettings(ServiceSettings):
     @property
     def server_tls(self) -> ServerTls | None:
         """How clients are served: they show a key, not a certificate."""
+        return None if self.http_tls is None else ServerTls(self.http_tls)
+
+    @property
+    def http_tls(self) -> KeyPair | None:
+        """What HTTP clients are shown: the certificate that gRPC clients are."""
         if self.tls_cert is None or self.tls_key is None:
             return None
-        return ServerTls(KeyPair(self.tls_cert, self.tls_key))
+        return KeyPair(self.tls_cert, self.tls_key)
+
+    def check_plaintext(self) -> None:
+        """The same for HTTP."""
+        super().check_plaintext()
+        if (
+            self.http_listen
+            and not self.allow_plaintext
+            and self.http_tls is None
+            and not is_loopback(self.http_listen)
+        ):
+            raise SystemExit(
+                f"{self.http_listen} is reached from other machines: set tls_cert and tls_key, or allow_plaintext if "
+                "the network itself is trusted"
+            )
 
     @property
     def peers(self) -> tuple[str, ...]:

@@ -134,7 +134,12 @@ async def front(tmp_path: Path, gateway_settings: dict[str, object]) -> AsyncIte
     token = SecretStr(TOKEN)
     store_settings = StoreSettings(listen="127.0.0.1:0", data_dir=tmp_path, internal_token=token, drain_grace_seconds=0)
     async with serve_in_process(store_settings, store_app.build, store_app.make_interceptors(store_settings)) as store:
-        values: dict[str, object] = {"refresh_seconds": 0.05, "key_cache_seconds": 0, "drain_grace_seconds": 0.2}
+        values: dict[str, object] = {
+            "http_listen": "127.0.0.1:0",
+            "refresh_seconds": 0.05,
+            "key_cache_seconds": 0,
+            "drain_grace_seconds": 0.2,
+        }
         settings = GatewaySettings(
             listen="127.0.0.1:0", store_address=store.address, internal_token=token, **(values | gateway_settings)
         )

@@ -52,6 +52,8 @@ async def deployment(folder: Path) -> AsyncIterator[tuple[str, str, Authority]]:
     async with serve_in_process(store_settings, store_app.build, store_app.make_interceptors(store_settings)) as store:
         settings = GatewaySettings(
             store_address=store.address,
+            http_listen="127.0.0.1:0",
+            http_address_file=folder / "http",
             refresh_seconds=0.05,
             tls_cert=pair.certificate,
             tls_key=pair.key,
@@ -170,6 +172,9 @@ def test_what_counts_as_this_machine(address: str, loopback: bool) -> None:
     [
         ({}, ""),
         ({"listen": "0.0.0.0:0"}, "0.0.0.0:0 is reached from other machines"),
+        ({"http_listen": "0.0.0.0:0"}, "0.0.0.0:0 is reached from other machines"),
+        ({"http_listen": "0.0.0.0:0", "tls_cert": "c", "tls_key": "k"}, ""),
+        ({"http_listen": "", "listen": "[::1]:0"}, ""),
         ({"store_address": "store:7630"}, "store:7630 is on another machine"),
         ({"listen": "0.0.0.0:0", "store_address": "store:7630", "allow_plaintext": True}, ""),
         ({"listen": "0.0.0.0:0", "tls_cert": "c", "tls_key": "k"}, ""),
@@ -179,7 +184,7 @@ def test_what_counts_as_this_machine(address: str, loopback: bool) -> None:
 )
 def test_plaintext_leaves_this_machine_only_when_told_to(values: dict[str, object], refused: str) -> None:
     """Otherwise the service does not start; a gateway's service certificate is none for its clients."""
-    settings = GatewaySettings(**{"listen": "127.0.0.1:0", **values})
+    settings = GatewaySettings(**{"listen": "127.0.0.1:0", "http_listen": "127.0.0.1:0", **values})
     if not refused:
         settings.check_plaintext()
         return

@@ -60,6 +60,7 @@ class Cluster:
         self.folder = folder
         self.names = (*ROLES, *(f"trainer-{number}" for number in range(1, trainers)))
         self.addresses = {name: f"127.0.0.1:{free_port()}" for name in self.names}
+        self.http_address = f"127.0.0.1:{free_port()}"
         self.processes: dict[str, subprocess.Popen[bytes] | ForkedProcess] = {}
         self.proxies: dict[str, TroubleProxy] = {}
         if proxied:
@@ -83,6 +84,8 @@ class Cluster:
             values["DATA_DIR"] = str(self.folder)
         else:
             values["STORE_ADDRESS"] = self.reach("store")
+        if role == "gateway":
+            values["HTTP_LISTEN"] = self.http_address
         if role in ("trainer", "sampler"):
             worker = name if name != role else f"{role}-0"
             values |= {"BASE": self._base, "DTYPE": "float32", "THREADS": "1", "WORKER": worker}

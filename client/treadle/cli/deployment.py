@@ -16,7 +16,9 @@ STAGES = {"store": 0, "trainer": 1, "sampler": 1, "gateway": 2}
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
 # Below the ports that the kernel hands to outgoing connections: a child that is started again finds its port free.
 _FREE_PORTS = range(20_000, 32_000)
-_OFFSETS = {"gateway": 0, "trainer": 10, "sampler": 20, "store": 30}
+_OFFSETS = {"gateway": 0, "http": 80, "trainer": 10, "sampler": 20, "store": 30}
+# What people wrote into their programs: no other port will do.
+_FIXED = frozenset({"gateway", "http"})
 _GRACE_SECONDS = {"gateway": 2.0, "trainer": 8.0, "sampler": 2.0, "store": 2.0}
 
 
@@ -37,18 +39,17 @@ class Deployment:
     addresses: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Chooses the addresses: `port`, port + 10, ...; free ones where those are taken or `port` is 0.
+        """Chooses the addresses: `port`, port + 80 for HTTP, and others; free ones for services, or if `port` is 0.
 
-        Raises OSError when `port` itself is taken.
+        Raises OSError when one of the first two is taken.
         """
         for role, offset in _OFFSETS.items():
-            host = self.host if role == "gateway" else "127.0.0.1"
+            host = self.host if role in _FIXED else "127.0.0.1"
             fixed = self.port + offset if self.port else 0
             taken = set(self.addresses.values())
             usable = fixed != 0 and _is_free(host, fixed)
-            # The gateway's own port is what users wrote into their programs: no other will do.
-            if role == "gateway" and fixed and not usable:
-                raise OSError(f"port {fixed} of {host} is taken; give another --port, or 0 for a free one")
+            if role in _FIXED and fixed and not usable:
+                raise OSError(f"port {fixed} of {host} is taken; give another --port, or 0 for free ones")
             self.addresses[role] = f"{host}:{fixed if usable else _free_port(host, taken)}"
 
     def children(self, environment: Mapping[str, str], parent_pid: int) -> list[ChildSpec]:
@@ -87,8 +88,10 @@ class Deployment:
             values["DATA_DIR"] = str(self.data_dir)
         else:
             values["STORE_ADDRESS"] = self.addresses["store"]
-        if role == "gateway" and self.allow_plaintext:
-            values["ALLOW_PLAINTEXT"] = "true"
+        if role == "gateway":
+            values["HTTP_LISTEN"] = self.addresses["http"]
+            if self.allow_plaintext:
+                values["ALLOW_PLAINTEXT"] = "true"
         if role in ("trainer", "sampler"):
             values |= {
                 "BASE": self.base,

@@ -94,6 +94,7 @@ async def _run(deployment: Deployment, base_name: str, ready_file: Path | None) 
             pid=os.getpid(),
             pids=pids,
             addresses=deployment.addresses,
+            http=f"http://{deployment.addresses['http']}",
         )
 
     def on_ready() -> None:
@@ -167,6 +168,7 @@ def _welcome(up_file: UpFile) -> None:
     option = "" if folder == default else f" --data-dir {folder}"
     for line in (
         click.style(f"Treadle is up at {up_file.gateway} with the base {up_file.base}", bold=True),
+        f"  over HTTP   {up_file.http}",
         f"  get a key   treadle key create you{option}",
         f"  try it      treadle sample {up_file.base} 'Hello'{option}",
         "  stop it     Ctrl-C",

@@ -22,6 +22,8 @@ class UpFile:
     pid: int
     pids: dict[str, int]
     addresses: dict[str, str]
+    # Where the HTTP faces are, as a URL.
+    http: str = ""
 
     def write(self, path: Path) -> None:
         """Replaces the file at `path` in one step, so that a reader never sees half of it."""
