@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from treadle_engine.decode_requests import DecodeEvent, SampleRequest
+from treadle_engine.decode_requests import CacheCounts, DecodeEvent, SampleRequest
 
 
 class SamplerBackend(Protocol):
@@ -33,6 +33,11 @@ class SamplerBackend(Protocol):
     @property
     def num_tokens(self) -> int:
         """Tokens drawn since start."""
+        ...
+
+    @property
+    def cache_counts(self) -> CacheCounts:
+        """What is held of keys and values; zeros where the engine does not say."""
         ...
 
     def add(self, request: SampleRequest) -> int:
