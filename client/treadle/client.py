@@ -18,6 +18,7 @@ from treadle.names import is_adapter, parse_adapter, parse_run
 from treadle.records import RunInfo
 from treadle.sampling import SamplingClient
 from treadle.settings import ClientSettings, client_settings
+from treadle.timeline import TimelineCalls
 from treadle.training import TrainingClient
 from treadle.types import LoraConfig
 from treadle.v1 import training_pb2, training_pb2_grpc, types_pb2
@@ -26,7 +27,7 @@ _CLOSE_SECONDS = 30.0
 _PAGE_SIZE = 500
 
 
-class ServiceClient(AdapterCalls, AdminCalls, MetricCalls):
+class ServiceClient(AdapterCalls, AdminCalls, MetricCalls, TimelineCalls):
     """One connection to a Treadle gateway, for any number of runs and threads.
 
     `base_url` (or TREADLE_ADDRESS) is host:port, `api_key` (or TREADLE_API_KEY) says who you are. The calls of this
@@ -45,6 +46,7 @@ class ServiceClient(AdapterCalls, AdminCalls, MetricCalls):
         AdapterCalls.__init__(self, transport)
         AdminCalls.__init__(self, transport)
         MetricCalls.__init__(self, transport)
+        TimelineCalls.__init__(self, transport)
         self._training = training_pb2_grpc.TrainingServiceStub(transport.ops_channel)
         self._clients: list[TrainingClient] = []
         self._tokenizers: dict[str, str] = {}

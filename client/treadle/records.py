@@ -191,6 +191,42 @@ class CreatedKey(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SpanShare:
+    """A tenant's part in a span; without a name, that of all others together."""
+
+    tenant: str
+    run: str
+    num_tokens: int
+    num_sequences: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Time in which a worker was busy: a pass, or decode steps without a pause in the same company.
+
+    `started` is a Unix time, `took` a duration, both in seconds.
+    """
+
+    started: float
+    took: float
+    shares: tuple[SpanShare, ...]
+    num_tokens: int
+    num_steps_beside: int
+    """Trainers: optimizer steps of other runs that were under way beside the pass."""
+    num_decode_steps: int
+
+
+@dataclass(frozen=True)
+class WorkerTimeline:
+    """What one worker did lately, oldest first."""
+
+    worker: str
+    kind: Literal["trainer", "sampler"]
+    base: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
 class WorkerInfo:
     """A live trainer or sampler."""
 

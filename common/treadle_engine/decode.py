@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,6 @@ from treadle_engine.decode_attention import DecodeAttention, TextPart
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.decode_places import Places
 from treadle_engine.decode_requests import (
-    CacheCounts,
     DecodeEvent,
     FailedEvent,
     Prompt,
@@ -66,6 +66,8 @@ class Decoder:
         self.num_tokens = 0
         self.num_read = 0
         self.num_cached = 0
+        self.owners: Counter[str] = Counter()
+        """Sequences that were drawn or read in the last step, by the owners of their requests."""
         self._base = base
         self._detokenize = detokenize
         # Any single request must fit, or it would wait for ever.
@@ -101,14 +103,6 @@ class Decoder:
     def num_cache_bytes(self) -> int:
         """Memory of keys and values, kept prefixes included, in bytes."""
         return self._cache.num_bytes
-
-    @property
-    def cache_counts(self) -> CacheCounts:
-        """What is held of keys and values, and what came of it."""
-        cache = self._cache
-        return CacheCounts(
-            cache.num_positions, cache.max_positions, self.num_read, self.num_cached, self._places.num_preemptions
-        )
 
     def forget_prefixes(self) -> None:
         """Drop what was kept of earlier requests."""
@@ -150,6 +144,8 @@ class Decoder:
         places.make_way()
         parts = places.choose_parts(self._row_budget())
         places.samples = _by_adapter(places.samples)
+        prompts = [*(sample.prompt for sample in places.samples), *(reading.prompt for reading, _ in parts)]
+        self.owners = Counter(prompt.request.owner for prompt in prompts)
         logits_NV = self._run(parts) if parts or places.samples else None
         events: list[DecodeEvent] = []
         for reading in [reading for reading in places.readings if reading.is_done]:

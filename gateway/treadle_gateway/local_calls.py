@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from treadle.errors import TreadleError, from_rpc_error
-from treadle.v1 import adapters_pb2_grpc, admin_pb2_grpc, sampling_pb2_grpc, training_pb2_grpc
+from treadle.v1 import (
+    adapters_pb2_grpc,
+    admin_pb2_grpc,
+    metrics_pb2_grpc,
+    sampling_pb2_grpc,
+    timeline_pb2_grpc,
+    training_pb2_grpc,
+)
 from treadle_gateway.auth import REVOKE
 from treadle_gateway.authenticator import Authenticator
 from treadle_gateway.scopes import check_scope
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class LocalCalls:
-    """Typed stubs of the four public services. What fails raises the TreadleError itself, not an RpcError."""
+    """Typed stubs of the public services. What fails raises the TreadleError itself, not an RpcError."""
 
     def __init__(self, handlers: Mapping[str, Handler], authenticator: Authenticator) -> None:
         # Any: a stub takes whatever behaves as a channel.
@@ -35,6 +42,8 @@ class LocalCalls:
         self.sampling: sampling_pb2_grpc.SamplingServiceAsyncStub = sampling_pb2_grpc.SamplingServiceStub(channel)
         self.adapters: adapters_pb2_grpc.AdapterServiceAsyncStub = adapters_pb2_grpc.AdapterServiceStub(channel)
         self.admin: admin_pb2_grpc.AdminServiceAsyncStub = admin_pb2_grpc.AdminServiceStub(channel)
+        self.metrics: metrics_pb2_grpc.MetricsServiceAsyncStub = metrics_pb2_grpc.MetricsServiceStub(channel)
+        self.timeline: timeline_pb2_grpc.TimelineServiceAsyncStub = timeline_pb2_grpc.TimelineServiceStub(channel)
 
 
 class LocalChannel:

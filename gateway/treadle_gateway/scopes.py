@@ -39,6 +39,7 @@ METHOD_SCOPES: Final[dict[str, tuple[str, ...]]] = {
     "/treadle.v1.MetricsService/LogMetrics": TRAIN,
     "/treadle.v1.MetricsService/ListMetrics": TRAIN,
     "/treadle.v1.MetricsService/ListSamples": TRAIN,
+    "/treadle.v1.TimelineService/ListSpans": ANY_KEY,
     "/treadle.v1.AdminService/CreateTenant": ADMIN,
     "/treadle.v1.AdminService/ListTenants": ADMIN,
     "/treadle.v1.AdminService/CreateKey": ADMIN,

@@ -15,11 +15,12 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from treadle.errors import TreadleError, make_error
-from treadle.v1 import adapters_pb2, admin_pb2, metrics_pb2, sampling_pb2, training_pb2
+from treadle.v1 import adapters_pb2, admin_pb2, metrics_pb2, sampling_pb2, timeline_pb2, training_pb2
 from treadle_gateway.directory import Directory
 from treadle_gateway.forward import Forwarder, Target
 from treadle_gateway.routing import RETRY_SECONDS, pick_sampler
 from treadle_gateway.runs import RunService
+from treadle_gateway.timeline import Timeline
 from treadle_service import failpoints
 from treadle_service.principal import current_principal
 
@@ -33,6 +34,7 @@ PUBLIC_SERVICES: Final[tuple[ServiceDescriptor, ...]] = (
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"],
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
     metrics_pb2.DESCRIPTOR.services_by_name["MetricsService"],
+    timeline_pb2.DESCRIPTOR.services_by_name["TimelineService"],
 )
 RUN_HEADER: Final = "x-treadle-run"
 MODEL_HEADER: Final = "x-treadle-model"
@@ -49,10 +51,11 @@ class Gateway:
         self._forwarder = forwarder
         self._store_address = store_address
         self._runs = RunService(directory, forwarder.upstreams)
+        self._timeline = Timeline(directory, forwarder.upstreams)
 
     def handlers(self) -> dict[str, "Handler"]:
         """Returns the handlers of all public methods by path."""
-        own = self._runs.handlers()
+        own = self._runs.handlers() | self._timeline.handlers()
         methods = [method for service in PUBLIC_SERVICES for method in service.methods]
         return {path(method): own.get(path(method)) or self._raw(method) for method in methods}
 

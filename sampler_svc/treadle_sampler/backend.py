@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
-from treadle_engine.decode_requests import CacheCounts, DecodeEvent, SampleRequest
+from treadle_engine.decode_requests import DecodeEvent, SampleRequest
 
 
 class SamplerBackend(Protocol):
@@ -36,8 +37,8 @@ class SamplerBackend(Protocol):
         ...
 
     @property
-    def cache_counts(self) -> CacheCounts:
-        """What is held of keys and values; zeros where the engine does not say."""
+    def owners(self) -> Mapping[str, int]:
+        """Sequences that were drawn or read in the last step, by the owners of their requests."""
         ...
 
     def add(self, request: SampleRequest) -> int:

@@ -117,9 +117,12 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         """Answers the last steps."""
         current_principal().require("internal")
         response = sampler_pb2.ListDecodeStepsResponse()
-        for step in self._slot.get().engine.trace.last(request.limit or _LISTED_STEPS):
-            listed = response.steps.add(num_sequences=step.num_sequences, num_tokens=step.num_tokens)
-            listed.started.FromNanoseconds(int(step.started * 1e9))
+        steps = self._slot.get().engine.trace.last(request.limit or _LISTED_STEPS, request.after.ToNanoseconds())
+        for step in steps:
+            listed = response.steps.add(
+                num_sequences=step.num_sequences, num_tokens=step.num_tokens, sequences_by_tenant=step.owners
+            )
+            listed.started.FromNanoseconds(step.started_ns)
             listed.took.FromNanoseconds(int(step.took * 1e9))
         return response
 

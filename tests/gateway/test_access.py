@@ -80,7 +80,9 @@ async def test_health_and_reflection_need_no_key(front: Front) -> None:
     request = reflection_pb2.ServerReflectionRequest(list_services="*")
     async for answer in reflection.ServerReflectionInfo(iter([request])):
         names = {service.name for service in answer.list_services_response.service}
-    public = {f"treadle.v1.{name}Service" for name in ("Training", "Sampling", "Adapter", "Admin", "Metrics")}
+    public = {
+        f"treadle.v1.{name}Service" for name in ("Training", "Sampling", "Adapter", "Admin", "Metrics", "Timeline")
+    }
     assert {name for name in names if name.startswith("treadle")} == public
 
 

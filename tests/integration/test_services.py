@@ -16,6 +16,7 @@ SERVICES = {
     "gateway": {
         "treadle.v1.TrainingService",
         "treadle.v1.SamplingService",
+        "treadle.v1.TimelineService",
         "treadle.v1.AdapterService",
         "treadle.v1.AdminService",
         "treadle.v1.MetricsService",

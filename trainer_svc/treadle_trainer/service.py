@@ -174,7 +174,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     ) -> trainer_pb2.ListPassesResponse:
         """Returns the last passes."""
         _require_internal()
-        return trainer_pb2.ListPassesResponse(passes=self._slot.trainer.trace.last(request.limit or 100))
+        passes = self._slot.trainer.trace.last(request.limit or 100, request.after.ToNanoseconds())
+        return trainer_pb2.ListPassesResponse(passes=passes)
 
     async def EvictRun(self, request: trainer_pb2.EvictRunRequest, context: Context) -> trainer_pb2.EvictRunResponse:
         """Hands a run over."""

@@ -1,4 +1,4 @@
-"""A ring of the last passes (who shared them, how long they took), running totals, and what is told to monitoring."""
+"""A ring of the last passes (who shared them, how long they took) and running totals. Knows nothing else."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from treadle.internal.v1 import trainer_pb2
-from treadle_service.tracing import TRACING
-from treadle_trainer import counters
 
-KEPT_PASSES: Final = 1000
+KEPT_PASSES: Final = 4000
 
 
 class PassTrace:
@@ -70,12 +68,12 @@ class PassTrace:
         self._ring.append(entry)
         self.num_passes += 1
         self.num_shared_passes += len(shares) > 1
-        counters.pass_ended(took, len(shares), sum(share.num_tokens for share in shares.values()))
-        if TRACING.on:
-            facts = {"num_runs": len(shares), "num_steps_beside": num_steps_beside}
-            for run, seq, num_tokens in chunks:
-                TRACING.op_span("pass", run, seq, started, started + took, {**facts, "num_tokens": num_tokens})
 
-    def last(self, limit: int) -> list[trainer_pb2.Pass]:
-        """Returns the last `limit` passes, newest last."""
-        return list(self._ring)[-limit:]
+    def last(self, limit: int, after_ns: int = 0) -> list[trainer_pb2.Pass]:
+        """Returns the last `limit` passes, those that began later than a Unix time in nanoseconds; newest last."""
+        newest: list[trainer_pb2.Pass] = []
+        for entry in reversed(self._ring):
+            if len(newest) == limit or entry.started.ToNanoseconds() <= after_ns:
+                break
+            newest.append(entry)
+        return newest[::-1]

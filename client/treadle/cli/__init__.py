@@ -16,7 +16,7 @@ COMMANDS = {
     "adapter": LazyCommand("treadle.cli.adapters:adapter", "List, export and import saved adapters."),
     "sample": LazyCommand("treadle.cli.sample:sample", "Sample from a base or a saved adapter."),
     "store": LazyCommand("treadle.cli.store:store", "Check, clean, copy and restore a store's data."),
-    "worker": LazyCommand("treadle.cli.workers:worker", "List the live trainers and samplers."),
+    "worker": LazyCommand("treadle.cli.workers:worker", "List the live trainers and samplers, trace what they do."),
 }
 
 

@@ -1,6 +1,8 @@
 """`treadle worker`: who works in this deployment."""
 
-from typing import TYPE_CHECKING
+import json
+import time
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -13,13 +15,13 @@ if TYPE_CHECKING:
 
 @click.group()
 def worker() -> None:
-    """Look at the trainers and samplers (needs a key with the scope admin)."""
+    """Look at the trainers and samplers."""
 
 
 @worker.command("list")
 @place_options
 def list_(place: Place) -> None:
-    """List the live workers."""
+    """List the live workers (needs a key with the scope admin)."""
     from treadle.v1 import admin_pb2, admin_pb2_grpc
 
     with open_channel(place) as channel:
@@ -40,6 +42,28 @@ def list_(place: Place) -> None:
         for found in answer.workers
     ]
     print_rows(place, rows, "no workers")
+
+
+@worker.command()
+@click.option("-o", "--output", type=click.File("w", atomic=True), default="-", help="File to write; default: stdout.")
+@click.option("--seconds", type=click.FloatRange(min=0.1), help="Only the last so many seconds; default: all there is.")
+@place_options
+def trace(place: Place, output: IO[str], seconds: float | None) -> None:
+    """Write what workers did lately as a trace for ui.perfetto.dev or chrome://tracing.
+
+    A worker is a process, each tenant a track of it. Other tenants are `other` unless the key has the scope admin.
+    """
+    from treadle.timeline import chrome_trace, timelines_from
+    from treadle.v1 import timeline_pb2, timeline_pb2_grpc
+
+    request = timeline_pb2.ListSpansRequest()
+    if seconds is not None:
+        request.after.FromNanoseconds(time.time_ns() - int(seconds * 1e9))
+    with open_channel(place) as channel:
+        answer = timeline_pb2_grpc.TimelineServiceStub(channel).ListSpans(
+            request, metadata=place.metadata, timeout=CALL_SECONDS
+        )
+    json.dump(chrome_trace(timelines_from(answer)), output)
 
 
 def _tokens_per_second(cost: "admin_pb2.PassCost") -> int | None:

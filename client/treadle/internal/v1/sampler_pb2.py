@@ -26,13 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/sampler.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x19\n\x17GetSamplerStatusRequest\"\xb9\x01\n\x18GetSamplerStatusResponse\x12\x18\n\x10\x63\x61\x63hed_revisions\x18\x01 \x03(\t\x12\x18\n\x10\x61\x63tive_sequences\x18\x02 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x03 \x01(\r\x12\x11\n\tnum_steps\x18\x04 \x01(\x04\x12\x12\n\nnum_tokens\x18\x05 \x01(\x04\x12\'\n\x04\x62usy\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\'\n\x17PrefetchRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18PrefetchRevisionResponse\"\'\n\x16ListDecodeStepsRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"\x8d\x01\n\nDecodeStep\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x04took\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rnum_sequences\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\"I\n\x17ListDecodeStepsResponse\x12.\n\x05steps\x18\x01 \x03(\x0b\x32\x1f.treadle.internal.v1.DecodeStep2\xe0\x02\n\x0eSamplerService\x12o\n\x10GetSamplerStatus\x12,.treadle.internal.v1.GetSamplerStatusRequest\x1a-.treadle.internal.v1.GetSamplerStatusResponse\x12l\n\x0fListDecodeSteps\x12+.treadle.internal.v1.ListDecodeStepsRequest\x1a,.treadle.internal.v1.ListDecodeStepsResponse\x12o\n\x10PrefetchRevision\x12,.treadle.internal.v1.PrefetchRevisionRequest\x1a-.treadle.internal.v1.PrefetchRevisionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/sampler.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x19\n\x17GetSamplerStatusRequest\"\xb9\x01\n\x18GetSamplerStatusResponse\x12\x18\n\x10\x63\x61\x63hed_revisions\x18\x01 \x03(\t\x12\x18\n\x10\x61\x63tive_sequences\x18\x02 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x03 \x01(\r\x12\x11\n\tnum_steps\x18\x04 \x01(\x04\x12\x12\n\nnum_tokens\x18\x05 \x01(\x04\x12\'\n\x04\x62usy\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\'\n\x17PrefetchRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18PrefetchRevisionResponse\"R\n\x16ListDecodeStepsRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12)\n\x05\x61\x66ter\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x9c\x02\n\nDecodeStep\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x04took\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rnum_sequences\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12S\n\x13sequences_by_tenant\x18\x05 \x03(\x0b\x32\x36.treadle.internal.v1.DecodeStep.SequencesByTenantEntry\x1a\x38\n\x16SequencesByTenantEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"I\n\x17ListDecodeStepsResponse\x12.\n\x05steps\x18\x01 \x03(\x0b\x32\x1f.treadle.internal.v1.DecodeStep2\xe0\x02\n\x0eSamplerService\x12o\n\x10GetSamplerStatus\x12,.treadle.internal.v1.GetSamplerStatusRequest\x1a-.treadle.internal.v1.GetSamplerStatusResponse\x12l\n\x0fListDecodeSteps\x12+.treadle.internal.v1.ListDecodeStepsRequest\x1a,.treadle.internal.v1.ListDecodeStepsResponse\x12o\n\x10PrefetchRevision\x12,.treadle.internal.v1.PrefetchRevisionRequest\x1a-.treadle.internal.v1.PrefetchRevisionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'treadle.internal.v1.sampler_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_DECODESTEP_SEQUENCESBYTENANTENTRY']._loaded_options = None
+  _globals['_DECODESTEP_SEQUENCESBYTENANTENTRY']._serialized_options = b'8\001'
   _globals['_GETSAMPLERSTATUSREQUEST']._serialized_start=123
   _globals['_GETSAMPLERSTATUSREQUEST']._serialized_end=148
   _globals['_GETSAMPLERSTATUSRESPONSE']._serialized_start=151
@@ -42,11 +44,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFETCHREVISIONRESPONSE']._serialized_start=379
   _globals['_PREFETCHREVISIONRESPONSE']._serialized_end=405
   _globals['_LISTDECODESTEPSREQUEST']._serialized_start=407
-  _globals['_LISTDECODESTEPSREQUEST']._serialized_end=446
-  _globals['_DECODESTEP']._serialized_start=449
-  _globals['_DECODESTEP']._serialized_end=590
-  _globals['_LISTDECODESTEPSRESPONSE']._serialized_start=592
-  _globals['_LISTDECODESTEPSRESPONSE']._serialized_end=665
-  _globals['_SAMPLERSERVICE']._serialized_start=668
-  _globals['_SAMPLERSERVICE']._serialized_end=1020
+  _globals['_LISTDECODESTEPSREQUEST']._serialized_end=489
+  _globals['_DECODESTEP']._serialized_start=492
+  _globals['_DECODESTEP']._serialized_end=776
+  _globals['_DECODESTEP_SEQUENCESBYTENANTENTRY']._serialized_start=720
+  _globals['_DECODESTEP_SEQUENCESBYTENANTENTRY']._serialized_end=776
+  _globals['_LISTDECODESTEPSRESPONSE']._serialized_start=778
+  _globals['_LISTDECODESTEPSRESPONSE']._serialized_end=851
+  _globals['_SAMPLERSERVICE']._serialized_start=854
+  _globals['_SAMPLERSERVICE']._serialized_end=1206
 # @@protoc_insertion_point(module_scope)

@@ -41,22 +41,33 @@ class PrefetchRevisionResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ListDecodeStepsRequest(_message.Message):
-    __slots__ = ("limit",)
+    __slots__ = ("limit", "after")
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
     limit: int
-    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+    after: _timestamp_pb2.Timestamp
+    def __init__(self, limit: _Optional[int] = ..., after: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class DecodeStep(_message.Message):
-    __slots__ = ("started", "took", "num_sequences", "num_tokens")
+    __slots__ = ("started", "took", "num_sequences", "num_tokens", "sequences_by_tenant")
+    class SequencesByTenantEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     STARTED_FIELD_NUMBER: _ClassVar[int]
     TOOK_FIELD_NUMBER: _ClassVar[int]
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_BY_TENANT_FIELD_NUMBER: _ClassVar[int]
     started: _timestamp_pb2.Timestamp
     took: _duration_pb2.Duration
     num_sequences: int
     num_tokens: int
-    def __init__(self, started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., took: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+    sequences_by_tenant: _containers.ScalarMap[str, int]
+    def __init__(self, started: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., took: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ..., sequences_by_tenant: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class ListDecodeStepsResponse(_message.Message):
     __slots__ = ("steps",)

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from treadle.v1 import admin_pb2 as treadle_dot_v1_dot_admin__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/trainer.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16treadle/v1/admin.proto\"\x19\n\x17GetTrainerStatusRequest\"\xbc\x02\n\x18GetTrainerStatusResponse\x12\x15\n\rresident_runs\x18\x01 \x03(\t\x12\x19\n\x11queued_operations\x18\x02 \x01(\r\x12\x12\n\nnum_passes\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\'\n\x04\x62usy\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11num_shared_passes\x18\x06 \x01(\x04\x12\x1b\n\x13max_tokens_per_pass\x18\x07 \x01(\r\x12\'\n\tpass_cost\x18\x08 \x01(\x0b\x32\x14.treadle.v1.PassCost\x12\x0c\n\x04pace\x18\t \x01(\x01\x12.\n\x0btarget_pass\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"\"\n\x11ListPassesRequest\x12\r\n\x05limit\x18\x01 \x01(\r\":\n\tPassShare\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seqs\x18\x03 \x03(\x04\"\xd3\x01\n\x04Pass\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x04took\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x06shares\x18\x03 \x03(\x0b\x32\x1e.treadle.internal.v1.PassShare\x12\x18\n\x10num_steps_beside\x18\x04 \x01(\r\x12+\n\x08\x65xpected\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x12ListPassesResponse\x12)\n\x06passes\x18\x01 \x03(\x0b\x32\x19.treadle.internal.v1.Pass\"\x1e\n\x0f\x45victRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x12\n\x10\x45victRunResponse2\xb9\x02\n\x0eTrainerService\x12o\n\x10GetTrainerStatus\x12,.treadle.internal.v1.GetTrainerStatusRequest\x1a-.treadle.internal.v1.GetTrainerStatusResponse\x12]\n\nListPasses\x12&.treadle.internal.v1.ListPassesRequest\x1a\'.treadle.internal.v1.ListPassesResponse\x12W\n\x08\x45victRun\x12$.treadle.internal.v1.EvictRunRequest\x1a%.treadle.internal.v1.EvictRunResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/trainer.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16treadle/v1/admin.proto\"\x19\n\x17GetTrainerStatusRequest\"\xbc\x02\n\x18GetTrainerStatusResponse\x12\x15\n\rresident_runs\x18\x01 \x03(\t\x12\x19\n\x11queued_operations\x18\x02 \x01(\r\x12\x12\n\nnum_passes\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\'\n\x04\x62usy\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11num_shared_passes\x18\x06 \x01(\x04\x12\x1b\n\x13max_tokens_per_pass\x18\x07 \x01(\r\x12\'\n\tpass_cost\x18\x08 \x01(\x0b\x32\x14.treadle.v1.PassCost\x12\x0c\n\x04pace\x18\t \x01(\x01\x12.\n\x0btarget_pass\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"M\n\x11ListPassesRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12)\n\x05\x61\x66ter\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\tPassShare\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seqs\x18\x03 \x03(\x04\"\xd3\x01\n\x04Pass\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x04took\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x06shares\x18\x03 \x03(\x0b\x32\x1e.treadle.internal.v1.PassShare\x12\x18\n\x10num_steps_beside\x18\x04 \x01(\r\x12+\n\x08\x65xpected\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x12ListPassesResponse\x12)\n\x06passes\x18\x01 \x03(\x0b\x32\x19.treadle.internal.v1.Pass\"\x1e\n\x0f\x45victRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x12\n\x10\x45victRunResponse2\xb9\x02\n\x0eTrainerService\x12o\n\x10GetTrainerStatus\x12,.treadle.internal.v1.GetTrainerStatusRequest\x1a-.treadle.internal.v1.GetTrainerStatusResponse\x12]\n\nListPasses\x12&.treadle.internal.v1.ListPassesRequest\x1a\'.treadle.internal.v1.ListPassesResponse\x12W\n\x08\x45victRun\x12$.treadle.internal.v1.EvictRunRequest\x1a%.treadle.internal.v1.EvictRunResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,17 +39,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTRAINERSTATUSRESPONSE']._serialized_start=175
   _globals['_GETTRAINERSTATUSRESPONSE']._serialized_end=491
   _globals['_LISTPASSESREQUEST']._serialized_start=493
-  _globals['_LISTPASSESREQUEST']._serialized_end=527
-  _globals['_PASSSHARE']._serialized_start=529
-  _globals['_PASSSHARE']._serialized_end=587
-  _globals['_PASS']._serialized_start=590
-  _globals['_PASS']._serialized_end=801
-  _globals['_LISTPASSESRESPONSE']._serialized_start=803
-  _globals['_LISTPASSESRESPONSE']._serialized_end=866
-  _globals['_EVICTRUNREQUEST']._serialized_start=868
-  _globals['_EVICTRUNREQUEST']._serialized_end=898
-  _globals['_EVICTRUNRESPONSE']._serialized_start=900
-  _globals['_EVICTRUNRESPONSE']._serialized_end=918
-  _globals['_TRAINERSERVICE']._serialized_start=921
-  _globals['_TRAINERSERVICE']._serialized_end=1234
+  _globals['_LISTPASSESREQUEST']._serialized_end=570
+  _globals['_PASSSHARE']._serialized_start=572
+  _globals['_PASSSHARE']._serialized_end=630
+  _globals['_PASS']._serialized_start=633
+  _globals['_PASS']._serialized_end=844
+  _globals['_LISTPASSESRESPONSE']._serialized_start=846
+  _globals['_LISTPASSESRESPONSE']._serialized_end=909
+  _globals['_EVICTRUNREQUEST']._serialized_start=911
+  _globals['_EVICTRUNREQUEST']._serialized_end=941
+  _globals['_EVICTRUNRESPONSE']._serialized_start=943
+  _globals['_EVICTRUNRESPONSE']._serialized_end=961
+  _globals['_TRAINERSERVICE']._serialized_start=964
+  _globals['_TRAINERSERVICE']._serialized_end=1277
 # @@protoc_insertion_point(module_scope)

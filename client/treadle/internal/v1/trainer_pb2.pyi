@@ -40,10 +40,12 @@ class GetTrainerStatusResponse(_message.Message):
     def __init__(self, resident_runs: _Optional[_Iterable[str]] = ..., queued_operations: _Optional[int] = ..., num_passes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., busy: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., num_shared_passes: _Optional[int] = ..., max_tokens_per_pass: _Optional[int] = ..., pass_cost: _Optional[_Union[_admin_pb2.PassCost, _Mapping]] = ..., pace: _Optional[float] = ..., target_pass: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class ListPassesRequest(_message.Message):
-    __slots__ = ("limit",)
+    __slots__ = ("limit", "after")
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
     limit: int
-    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+    after: _timestamp_pb2.Timestamp
+    def __init__(self, limit: _Optional[int] = ..., after: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class PassShare(_message.Message):
     __slots__ = ("run", "num_tokens", "seqs")
