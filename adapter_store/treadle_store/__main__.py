@@ -32,6 +32,7 @@ from treadle_store.backends import lock_folders, open_blobs, open_database
 from treadle_store.blobs import sync_folder
 from treadle_store.clock import Clock, system_clock
 from treadle_store.database import Database
+from treadle_store.figures import StoreFigures
 from treadle_store.revision_feed import RevisionFeed
 from treadle_store.service_adapters import AdapterService
 from treadle_store.service_admin import AdminService
@@ -108,6 +109,10 @@ async def build(host: ServiceHost, settings: StoreSettings, clock: Clock = syste
             asyncio.create_task(sweeper.run(settings.sweep_period_seconds, settings.deleted_grace_seconds)),
             asyncio.create_task(unnamed.run(settings.unnamed_period_seconds)),
         ]
+        figures = StoreFigures(database, workers, settings, clock)
+        host.metrics.add(*figures.readings())
+        if settings.metrics_listen:
+            tasks.append(asyncio.create_task(figures.run()))
         if settings.replicas > 1:
             exchange = WorkerExchange(workers, database, clock)
             tasks.append(asyncio.create_task(exchange.run(WORKER_EXCHANGE_SECONDS)))

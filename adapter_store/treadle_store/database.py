@@ -14,13 +14,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, cast
 
+from prometheus_client import Counter, Histogram
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from treadle.errors import TreadleError, make_error
 from treadle_service import failpoints
 from treadle_service.logs import get_logger
+from treadle_service.metrics import COUNTS, SECONDS
 from treadle_store.engines import NUM_READERS, is_trouble, may_rerun, migrate, open_engines, patience
+
+_COMMITS: Final = Histogram("treadle_store_commit_seconds", "Transactions, syncs included", buckets=SECONDS)
+_SHARED: Final = Histogram("treadle_store_commit_writes", "Writes that share a transaction", buckets=COUNTS)
+_TROUBLE: Final = Counter("treadle_store_database_troubles_total", "Transactions that the database could not do")
 
 T = TypeVar("T")
 Body = Callable[[Connection], T]
@@ -95,6 +101,11 @@ class Database:
         self._readers.shutdown()
         self._engines.dispose()
 
+    @property
+    def num_waiting(self) -> int:
+        """Writes that wait for a transaction."""
+        return self._waiting.qsize()
+
     async def _write_group(self, bodies: Sequence[Body[Any]]) -> list[Any]:
         if self._waiting.qsize() >= MAX_WAITING:
             raise make_error("UNAVAILABLE", f"{MAX_WAITING} writes wait in the store already; try again", 1.0)
@@ -129,12 +140,14 @@ class Database:
     def _commit(self, groups: list[_Group]) -> None:
         """Gives each group its outcomes, or all of them the trouble that the database is in."""
         try:
-            outcomes = self._run_and_commit(groups)
+            with _COMMITS.time():
+                outcomes = self._run_and_commit(groups)
         except SQLAlchemyError as error:
             failure = _trouble(error)
             for group in groups:
                 group.outcomes.set_exception(failure)
             return
+        _SHARED.observe(sum(len(group.bodies) for group in groups))
         failpoints.reach("store.commit.after")
         for group, values in zip(groups, outcomes, strict=True):
             group.outcomes.set_result(values)
@@ -212,5 +225,6 @@ def _bad_value(error: Exception) -> TreadleError:
 
 
 def _trouble(error: SQLAlchemyError) -> TreadleError:
+    _TROUBLE.inc()
     log.error("database_trouble", error=type(error).__name__, cause=str(getattr(error, "orig", error)))
     return make_error("UNAVAILABLE", "the store cannot use its database now; try again", 1.0)

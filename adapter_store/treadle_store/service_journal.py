@@ -3,6 +3,7 @@
 Each call that names a run is for that run's tenant or for a service that acts for itself.
 """
 
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Final
@@ -15,6 +16,7 @@ from treadle.internal.v1 import journal_pb2, journal_pb2_grpc, usage_pb2
 from treadle.names import check_tenant
 from treadle.v1 import adapters_pb2, types_pb2
 from treadle_service import failpoints
+from treadle_service.tracing import TRACING
 from treadle_store import adapters, catalog, journal
 from treadle_store.access import may_see, visible_adapter, visible_run
 from treadle_store.blob_io import require_blob
@@ -104,9 +106,11 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
         self, request: journal_pb2.WriteJournalRequest, context: object
     ) -> journal_pb2.WriteJournalResponse:
         """Writes operations and results in one transaction; each entry is answered alone."""
-        prepared = [await self._prepare(entry) for entry in request.entries]
+        prepared, began = [await self._prepare(entry) for entry in request.entries], time.time()
         with failpoints.around("store.write_journal"):
             outcomes = await self._database.write_all(prepared)
+        if TRACING.on:
+            _trace(request, began)
         errors = [
             to_operation_error(outcome) if isinstance(outcome, TreadleError) else types_pb2.OperationError()
             for outcome in outcomes
@@ -228,3 +232,12 @@ def _ttl_us(ttl: Duration) -> int:
     if not 0 < length_us <= MAX_TTL_US:
         raise make_error("BAD_VALUE", "ttl must be above 0 and at most an hour")
     return length_us
+
+
+def _trace(request: journal_pb2.WriteJournalRequest, began: float) -> None:
+    """Notes in the traces of all operations of a write that it took part of their time."""
+    now, num_runs = time.time(), len(request.entries)
+    for entry in request.entries:
+        for name, rows in (("append", entry.appends), ("commit", entry.commits)):
+            for row in rows:
+                TRACING.op_span(name, entry.run, row.seq, began, now, {"num_runs": num_runs})

@@ -274,9 +274,13 @@ def from_operation_error(message: types_pb2.OperationError) -> TreadleError:
     return make_error(message.reason, message.message, wait)
 
 
-def to_status(error: TreadleError) -> status_pb2.Status:
-    """Returns the rich gRPC status: code, sentence, ErrorInfo and, where it helps, RetryInfo."""
-    details = [_pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN))]
+def to_status(error: TreadleError, request_id: str = "") -> status_pb2.Status:
+    """Returns the rich gRPC status: code, sentence, ErrorInfo and, where it helps, RetryInfo.
+
+    `request_id` is under which the service's log has the call.
+    """
+    metadata = {"request_id": request_id} if request_id else {}
+    details = [_pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))]
     if error.retry_after_seconds is not None:
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after_seconds * 1e9))

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 
+from treadle import spans
 from treadle.channel import Backoff, Transport, failure_of
 from treadle.errors import CancelledOperationError, SequenceError, TreadleError, UnavailableError, from_operation_error
 from treadle.frames import MAX_FRAME_BYTES, frames_of
@@ -49,6 +51,9 @@ class Submission:
     operations: list[PreparedOperation] | None
     results: "Future[Results]" = field(default_factory=Future)
     collected: Results = field(default_factory=list)
+    submitted: float = field(default_factory=time.time)
+    caller: Any = field(default_factory=spans.current_span_context)
+    """What the caller traces, if it does."""
 
     @property
     def num_bytes(self) -> int:
@@ -297,6 +302,7 @@ class OperationStream:
         self._unreserve(kept.operation.num_bytes)
         submission = self._by_seq.pop(kept.seq)
         submission.collected.append(result)
+        spans.note_operation(self._run, kept.seq, submission.submitted, submission.caller, result.error.reason or "OK")
         self._progress.set()
         if len(submission.collected) < len(submission.operations or ()):
             return

@@ -24,6 +24,7 @@ from treadle_engine.decode_attention import DecodeAttention, TextPart
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.decode_places import Places
 from treadle_engine.decode_requests import (
+    CacheCounts,
     DecodeEvent,
     FailedEvent,
     Prompt,
@@ -103,6 +104,14 @@ class Decoder:
     def num_cache_bytes(self) -> int:
         """Memory of keys and values, kept prefixes included, in bytes."""
         return self._cache.num_bytes
+
+    @property
+    def cache_counts(self) -> CacheCounts:
+        """What is held of keys and values, and what came of it."""
+        cache = self._cache
+        return CacheCounts(
+            cache.num_positions, cache.max_positions, self.num_read, self.num_cached, self._places.num_preemptions
+        )
 
     def forget_prefixes(self) -> None:
         """Drop what was kept of earlier requests."""

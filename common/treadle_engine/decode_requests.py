@@ -32,6 +32,20 @@ IntTable = npt.NDArray[np.int32]
 FloatTable = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class CacheCounts:
+    """What a decoder holds of keys and values, in positions, and what came of it since it started.
+
+    Of the positions that were read, `num_cached` were taken from kept prefixes.
+    """
+
+    num_positions: int = 0
+    max_positions: int = 0
+    num_read: int = 0
+    num_cached: int = 0
+    num_preemptions: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class SampleRequest:
     """A prompt (int32 [T]) and what to draw from it; `num_samples` 0 asks for the prompt's log-probs alone.

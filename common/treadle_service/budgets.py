@@ -14,6 +14,7 @@ from typing import Final, Literal
 
 from treadle.errors import make_error
 from treadle.internal.v1 import usage_pb2
+from treadle_service.metrics import QUOTA_REFUSALS
 
 LONGEST_WAIT_SECONDS: Final = 30.0
 """Nobody is told to wait for longer: a quota may be raised meanwhile."""
@@ -64,6 +65,7 @@ class TenantBudgets:
         if account is None:
             return
         if account.max_unfinished and account.num_unfinished >= account.max_unfinished:
+            QUOTA_REFUSALS.labels("unfinished_operations").inc()
             raise make_error(
                 "RATE_LIMITED",
                 f"{account.num_unfinished} operations of yours are unfinished here, as many as may be; try again",
@@ -76,6 +78,7 @@ class TenantBudgets:
         wait = max(account.paid_at, now - 60.0) + account.num_uncharged / rate - now
         if wait > 0:
             self._refused.add(tenant)
+            QUOTA_REFUSALS.labels(f"{self._kind}_tokens").inc()
             raise make_error(
                 "RATE_LIMITED",
                 f"your quota of {account.tokens_per_minute} {self._kind} tokens per minute is used up for "

@@ -8,8 +8,10 @@ from typing import Final
 import grpc
 
 from treadle.channel import CHANNEL_OPTIONS
+from treadle_service import request_ids
 from treadle_service.principal import Principal
 from treadle_service.tls import ClientTls
+from treadle_service.tracing import HEADER, TRACING
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -33,8 +35,15 @@ def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel
 
 def internal_metadata(token: str, principal: Principal | None = None) -> Metadata:
     """Returns the metadata of a call between services, made for `principal` if there is one."""
-    metadata: Metadata = (("authorization", f"Bearer {token}"),)
+    metadata: Metadata = (("authorization", f"Bearer {token}"), *_context())
     if principal is None:
         return metadata
     scopes = ",".join(sorted(principal.scopes))
     return (*metadata, ("x-treadle-tenant", principal.tenant), ("x-treadle-scopes", scopes))
+
+
+def _context() -> Metadata:
+    """Returns the ids under which the call that runs in this task is found in logs and traces."""
+    request_id, traceparent = request_ids.current(), TRACING.header()
+    found = ((request_ids.HEADER, request_id), (HEADER, traceparent))
+    return tuple((name, value) for name, value in found if value)

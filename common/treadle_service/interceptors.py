@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, cast
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from treadle.errors import TreadleError, make_error, to_status
+from treadle_service import request_ids
 from treadle_service.logs import get_logger
+from treadle_service.metrics import observing_call
 from treadle_service.principal import INTERNAL_SCOPE, Principal, set_principal
+from treadle_service.tracing import HEADER, TRACING
 
 if TYPE_CHECKING:
     # Request and response types of a wrapped handler are its own business.
@@ -50,6 +53,9 @@ log = get_logger(__name__)
 class WrappingInterceptor(grpc.aio.ServerInterceptor):
     """Runs `before` in the task of each call, then the handler, and turns exceptions into statuses."""
 
+    believes_callers: ClassVar[bool] = False
+    """Whether callers say in which trace and request a call belongs; else it begins one of each."""
+
     async def before(self, details: grpc.HandlerCallDetails) -> None:
         """Does nothing; a subclass may raise to refuse the call."""
 
@@ -70,6 +76,8 @@ class ErrorInterceptor(WrappingInterceptor):
 
 class InternalAuthInterceptor(WrappingInterceptor):
     """Lets in only callers that know the deployment's internal token, and takes the principal from them."""
+
+    believes_callers = True
 
     def __init__(self, token: str) -> None:
         """Raises ValueError for an empty token: it would let everybody in."""
@@ -94,13 +102,13 @@ def _wrap(handler: Handler, details: grpc.HandlerCallDetails, interceptor: Wrapp
     read = _read_all if handler.request_streaming else _read
 
     async def unary(request: Any, context: Context) -> Any:
-        async with _answering_call(context, details.method) as call:
+        async with _answering(context, details, interceptor) as call:
             await interceptor.before(details)
             interceptor.entered(details, call)
             return await behaviour(read(parse, request), context)
 
     async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-        async with _answering_call(context, details.method) as call:
+        async with _answering(context, details, interceptor) as call:
             await interceptor.before(details)
             interceptor.entered(details, call)
             async for response in behaviour(read(parse, request), context):
@@ -141,12 +149,6 @@ def _behaviour(handler: Handler) -> tuple[Any, Callable[..., Handler]]:
     return handler.unary_unary, cast(Any, grpc.unary_unary_rpc_method_handler)
 
 
-def _answering_call(context: Context, method: str) -> AbstractAsyncContextManager[RunningCall]:
-    # The stub's protocol of a callback is a plain class.
-    call = RunningCall(lambda callback: context.add_done_callback(lambda _: callback()))  # type: ignore[arg-type]
-    return answering(call, method, lambda error: _abort(context, error))
-
-
 @asynccontextmanager
 async def answering(
     call: RunningCall, method: str, fail: Callable[[TreadleError], Awaitable[None]]
@@ -167,6 +169,38 @@ async def answering(
         await fail(make_error("INTERNAL", "the service failed at this call; its log has the reason"))
 
 
+@asynccontextmanager
+async def _answering(
+    context: Context, details: grpc.HandlerCallDetails, interceptor: WrappingInterceptor
+) -> AsyncIterator[RunningCall]:
+    # The stub's protocol of a callback is a plain class.
+    call = RunningCall(lambda callback: context.add_done_callback(lambda _: callback()))  # type: ignore[arg-type]
+    said = dict(details.invocation_metadata) if interceptor.believes_callers else {}
+    request_ids.begin(said.get(request_ids.HEADER, ""), details.method)
+    with observing_call(details.method) as outcome, TRACING.call_span(details.method, str(said.get(HEADER, ""))):
+
+        async def fail(error: TreadleError) -> None:
+            outcome.failed(error.code.name, error.reason)
+            await _abort(context, error)
+
+        try:
+            async with answering(call, details.method, fail):
+                yield call
+        except asyncio.CancelledError:
+            outcome.failed("CANCELLED")
+            raise
+        except (grpc.aio.AbortError, grpc.aio.UsageError):
+            # Ours, or a status that the handler passed on.
+            if not outcome.reason:
+                outcome.failed(_name_of(context.code()))
+            raise
+
+
+def _name_of(code: object) -> str:
+    """Returns the name of a status as a context has it: its number, which the stub does not know."""
+    return next((known.name for known in grpc.StatusCode if code in (known, known.value[0])), "UNKNOWN")
+
+
 async def _abort(context: Context, error: TreadleError) -> None:
-    status = rpc_status.to_status(to_status(error))
+    status = rpc_status.to_status(to_status(error, request_ids.current()))
     await context.abort(status.code, status.details, status.trailing_metadata)

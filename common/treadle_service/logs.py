@@ -1,7 +1,8 @@
 """Structured logs: readable lines on a terminal, one JSON object per line in a container.
 
-Values bound with structlog.contextvars (run, seq, tenant) appear in every line of a task. Never logs token ids,
-payloads or secrets: callers pass names and numbers only.
+Values bound with structlog.contextvars (request_id, method) appear in every line of a task; where traces are kept, a
+line about an operation or in a call has its trace_id. Never logs token ids, payloads or secrets: callers pass names and
+numbers only.
 """
 
 import logging
@@ -9,6 +10,8 @@ import sys
 from typing import Literal
 
 import structlog
+
+from treadle_service.tracing import TRACING
 
 
 def configure_logging(role: str, log_format: Literal["console", "json"], level: str) -> None:
@@ -24,6 +27,7 @@ def configure_logging(role: str, log_format: Literal["console", "json"], level: 
     )
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        _add_trace_id,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
@@ -44,3 +48,10 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """Returns the logger of a module."""
     logger: structlog.stdlib.BoundLogger = structlog.get_logger(module=name)
     return logger
+
+
+def _add_trace_id(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    trace_id = TRACING.log_id(event.get("run"), event.get("seq"))
+    if trace_id:
+        event["trace_id"] = trace_id
+    return event

@@ -21,7 +21,9 @@ from treadle_service import failpoints
 from treadle_service.channels import SERVER_OPTIONS
 from treadle_service.interceptors import ErrorInterceptor
 from treadle_service.logs import configure_logging, get_logger
+from treadle_service.metrics import Reading, ServiceMetrics
 from treadle_service.settings import ServiceSettings, SettingsT, load_settings
+from treadle_service.tracing import TRACING
 
 log = get_logger(__name__)
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -43,8 +45,21 @@ class ServiceHost:
             interceptors=[*interceptors] or [ErrorInterceptor()],
             options=SERVER_OPTIONS,
         )
+        self.metrics = ServiceMetrics()
+        self.metrics.add_build(settings.role)
+        self.metrics.add(
+            Reading("treadle_ready", "Whether the service takes work", lambda: float(self._ready)),
+            Reading("treadle_draining", "Whether the service is about to stop", lambda: float(self.draining.is_set())),
+        )
+        self.health_address = ""
+        """Where health checks are answered alone; empty for nowhere."""
+        self.metrics_port = 0
+        """Where the metrics are served; 0 for nowhere."""
+        self._ready = False
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        self._probed: grpc.aio.Server | None = None
+        """A second server for health checks alone."""
         self._services = [health.SERVICE_NAME, reflection.SERVICE_NAME]
         self._callbacks: list[DrainCallback] = []
 
@@ -77,14 +92,26 @@ class ServiceHost:
         self.address = f"{host}:{port}"
         await self._health.set("liveness", _SERVING)
         await self.set_ready(False)
+        await self._start_probed()
         await self.server.start()
         if self.settings.address_file is not None:
             self.settings.address_file.write_text(self.address)
         log.info("serving", address=self.address)
 
+    async def _start_probed(self) -> None:
+        if not self.settings.health_listen:
+            return
+        self._probed = grpc.aio.server(options=SERVER_OPTIONS)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probed)
+        host = self.settings.health_listen.rpartition(":")[0]
+        port = self._probed.add_insecure_port(self.settings.health_listen)
+        self.health_address = f"{host}:{port}"
+        await self._probed.start()
+
     async def set_ready(self, ready: bool) -> None:
         """Answers health checks of "" and "readiness"; never ready again once draining."""
-        status = _SERVING if ready and not self.draining.is_set() else _NOT_SERVING
+        self._ready = ready and not self.draining.is_set()
+        status = _SERVING if self._ready else _NOT_SERVING
         await self._health.set("", status)
         await self._health.set("readiness", status)
 
@@ -98,6 +125,8 @@ class ServiceHost:
         for callback in self._callbacks:
             await callback()
         await self.server.stop(self.settings.drain_grace_seconds)
+        if self._probed is not None:
+            await self._probed.stop(0)
 
 
 Build = Callable[[ServiceHost, SettingsT], AbstractAsyncContextManager[None]]
@@ -110,11 +139,13 @@ async def serve_in_process(
 ) -> AsyncIterator[ServiceHost]:
     """Serves inside the running loop until the context ends; then drains."""
     host = ServiceHost(settings, interceptors)
-    async with build(host, settings):
-        try:
-            yield host
-        finally:
-            await host.drain()
+    with host.metrics.served(settings.metrics_listen) as port:
+        host.metrics_port = port
+        async with build(host, settings):
+            try:
+                yield host
+            finally:
+                await host.drain()
 
 
 def run_service(
@@ -131,11 +162,16 @@ def run_service(
     """
     settings = load_settings(settings_class, arguments)
     configure_logging(role, settings.log_format, settings.log_level)
+    if settings.trace_endpoint:
+        TRACING.start(role, settings.trace_endpoint, settings.trace_ratio)
     try:
         failpoints.arm(settings.failpoints, allowed=settings.allow_failpoints)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    asyncio.run(_serve_until_signal(settings, build, make_interceptors(settings)))
+    try:
+        asyncio.run(_serve_until_signal(settings, build, make_interceptors(settings)))
+    finally:
+        TRACING.stop()
 
 
 async def _serve_until_signal(

@@ -32,6 +32,16 @@ class ServiceSettings(BaseSettings):
     service_key: Path | None = Field(None, description="PEM private key of service_cert")
     service_ca: Path | None = Field(None, description="PEM authority whose certificates other services must show")
     service_name: str = Field("treadle.internal", description="DNS name that the certificates of all services carry")
+    health_listen: str = Field(
+        "", description="host:port to answer health checks on, alone and in plaintext: Kubernetes' probes know no TLS"
+    )
+    metrics_listen: str = Field("", description="host:port to serve Prometheus metrics on over HTTP; default: nowhere")
+    trace_endpoint: str = Field(
+        "", description="OTLP receiver of traces over gRPC, http://host:port or https://host:port; default: no traces"
+    )
+    trace_ratio: float = Field(
+        0.01, ge=0, le=1, description="share of operations and calls that are traced; the same on all services"
+    )
     allow_plaintext: bool = Field(False, description="serve and call without TLS beyond this machine too")
 
     @model_validator(mode="after")
@@ -40,6 +50,11 @@ class ServiceSettings(BaseSettings):
         if any(parts) and not all(parts):
             raise ValueError("service_cert, service_key and service_ca belong together: set all three or none")
         return self
+
+    @property
+    def role(self) -> str:
+        """What the service is: gateway, trainer, sampler or store."""
+        return self.model_config.get("env_prefix", "").removeprefix("TREADLE_").rstrip("_").lower()
 
     @property
     def client_tls(self) -> ClientTls | None:

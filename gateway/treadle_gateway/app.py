@@ -18,6 +18,7 @@ from treadle_gateway.http.faces import HttpGateway
 from treadle_gateway.http.server import HttpServer
 from treadle_gateway.live_calls import CallLimits
 from treadle_gateway.local_calls import LocalCalls
+from treadle_gateway.metrics import readings
 from treadle_gateway.service import PUBLIC_SERVICES, Gateway
 from treadle_gateway.settings import GatewaySettings
 from treadle_service.server import ServiceHost
@@ -49,6 +50,7 @@ async def build(host: ServiceHost, settings: GatewaySettings) -> AsyncIterator[N
     host.server.add_generic_rpc_handlers(gateway.generic_handlers())
     for service in PUBLIC_SERVICES:
         host.add_service(service.full_name)
+    host.metrics.add(*readings(directory, forwarder))
 
     async def on_refresh() -> None:
         await host.set_ready(True)

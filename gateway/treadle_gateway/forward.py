@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import grpc
 
 from treadle.errors import TreadleError, from_rpc_error, make_error
+from treadle_gateway.op_spans import StreamSpans
 from treadle_service.channels import Metadata, open_channel
 from treadle_service.tls import ClientTls
 
@@ -86,6 +87,7 @@ class Forwarder:
 
     def __init__(self, upstreams: Upstreams) -> None:
         self.upstreams = upstreams
+        self.num_request_bytes, self.num_response_bytes = 0, 0
         self._streams: dict[Call, Target] = {}
         self._cut: set[Call] = set()
         self._ending = False
@@ -138,7 +140,8 @@ class Forwarder:
             raise _draining()
         with self.upstreams.use(target.address) as channel:
             start: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(method)
-            call = start(requests, metadata=target.metadata)
+            spans = StreamSpans(target.run)
+            call = start(self._counted(requests, spans), metadata=target.metadata)
             self._enter(call, target)
 
             def on_done(_: "Context") -> None:
@@ -148,6 +151,8 @@ class Forwarder:
             context.add_done_callback(on_done)  # type: ignore[arg-type]  # The stub's protocol is a plain class.
             try:
                 async for response in call:
+                    self.num_response_bytes += len(response)
+                    spans.response(response)
                     yield response
             except grpc.aio.AioRpcError as error:
                 await _relay(context, error, target)
@@ -160,6 +165,17 @@ class Forwarder:
             finally:
                 call.cancel()
                 self._leave(call)
+
+    @property
+    def num_streams(self) -> int:
+        """Streams that are joined now."""
+        return len(self._streams)
+
+    async def _counted(self, requests: AsyncIterator[bytes], spans: StreamSpans) -> AsyncIterator[bytes]:
+        async for request in requests:
+            self.num_request_bytes += len(request)
+            spans.request(request)
+            yield request
 
     def streams_outside(self, addresses: frozenset[str]) -> list[Target]:
         """Returns the targets of streams to others than these addresses."""

@@ -16,6 +16,7 @@ from treadle_engine.decode_base import DecodeBase
 from treadle_engine.determinism import settle
 from treadle_engine.stops import load_detokenizer
 from treadle_sampler.engine_loop import EngineLoop
+from treadle_sampler.metrics import readings
 from treadle_sampler.sampler import Sampler
 from treadle_sampler.service import SamplerServicer, SamplerSlot, SamplingServicer
 from treadle_sampler.settings import SamplerSettings
@@ -44,6 +45,7 @@ async def build(host: ServiceHost, settings: SamplerSettings) -> AsyncIterator[N
         await host.start()
         base = await engine.start(_loader(settings))
         sampler = Sampler(settings, engine, base, store, host.advertised)
+        host.metrics.add(*readings(sampler, base.info.name, settings.worker))
         await sampler.registration.reach()
         host.on_drain(sampler.drain)
         works = (sampler.registration.run_forever, sampler.watch.run_forever, sampler.metering.run_forever)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from treadle_engine.decode_requests import DecodeEvent, SampleRequest
+from treadle_engine.decode_requests import CacheCounts, DecodeEvent, SampleRequest
 
 
 class SamplerBackend(Protocol):
@@ -39,6 +39,11 @@ class SamplerBackend(Protocol):
     @property
     def owners(self) -> Mapping[str, int]:
         """Sequences that were drawn or read in the last step, by the owners of their requests."""
+        ...
+
+    @property
+    def cache_counts(self) -> CacheCounts:
+        """What is held of keys and values; zeros where the engine does not say."""
         ...
 
     def add(self, request: SampleRequest) -> int:

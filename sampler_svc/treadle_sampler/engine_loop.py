@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from treadle.errors import make_error
 from treadle_engine.decode_base import DecodeBase
-from treadle_engine.decode_requests import DecodeEvent, FailedEvent, SampleRequest
+from treadle_engine.decode_requests import CacheCounts, DecodeEvent, FailedEvent, SampleRequest
 from treadle_engine.errors import EngineError
 from treadle_sampler.backend import SamplerBackend
 from treadle_sampler.trace import DecodeStep, StepTrace
@@ -36,6 +36,7 @@ class EngineLoad:
     num_waiting: int = 0
     num_steps: int = 0
     num_tokens: int = 0
+    cache: CacheCounts = field(default_factory=CacheCounts)
 
 
 @dataclass(eq=False)
@@ -156,7 +157,9 @@ class EngineLoop:
 
     def _report(self) -> None:
         if (decoder := self._decoder) is not None:
-            self.load = EngineLoad(decoder.num_active, decoder.num_waiting, decoder.num_steps, decoder.num_tokens)
+            self.load = EngineLoad(
+                decoder.num_active, decoder.num_waiting, decoder.num_steps, decoder.num_tokens, decoder.cache_counts
+            )
 
     def _deliver(self, events: list[DecodeEvent]) -> None:
         """Hand the events over with one wake-up per event loop."""

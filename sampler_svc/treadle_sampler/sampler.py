@@ -39,7 +39,7 @@ class Sampler:
     def __init__(
         self, settings: SamplerSettings, engine: EngineLoop, base: DecodeBase, store: StoreClient, address: str
     ) -> None:
-        self.engine = engine
+        self.engine, self.store = engine, store
         self.draining = False
         self._info: BaseInfo = base.info
         worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_SAMPLER, address=address)

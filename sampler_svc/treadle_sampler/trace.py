@@ -1,4 +1,4 @@
-"""A ring of the last decode steps and the time spent in all of them.
+"""A ring of the last decode steps, the time spent in all of them, and their distribution for monitoring.
 
 Written by the decoder's thread, read by any other. Knows nothing else.
 """
@@ -10,6 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from prometheus_client import Histogram
+
+from treadle_service.metrics import COUNTS, SECONDS
+
+_STEP_SECONDS: Final = Histogram("treadle_sampler_step_seconds", "Decode steps", buckets=SECONDS)
+_STEP_ROWS: Final = Histogram("treadle_sampler_step_sequences", "Sequences that share a step", buckets=COUNTS)
 KEPT_STEPS: Final = 10_000
 
 
@@ -43,6 +49,8 @@ class StepTrace:
         """Notes a step."""
         self._ring.append(step)
         self.busy_seconds += step.took
+        _STEP_SECONDS.observe(step.took)
+        _STEP_ROWS.observe(step.num_sequences)
 
     def last(self, limit: int, after_ns: int = 0) -> list[DecodeStep]:
         """Returns the last `limit` steps, those that began later than a Unix time in nanoseconds; newest last."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from click.testing import CliRunner
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import SecretStr, ValidationError
 
 from tests.gateway.conftest import TOKEN, bearer
@@ -115,6 +116,26 @@ async def test_the_store_speaks_only_to_services_of_its_deployment(tmp_path: Pat
         assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
         for channel in callers.values():
             await channel.close()
+
+
+async def test_health_is_answered_in_plaintext_where_it_is_asked_for(tmp_path: Path) -> None:
+    """Kubernetes' probes know no TLS: on an address of their own they get health, and nothing else."""
+    services = Authority(tmp_path / "services")
+    settings = StoreSettings(
+        data_dir=tmp_path / "data", health_listen="127.0.0.1:0", **service_settings(services, "store")
+    )
+    async with (
+        serve_in_process(settings, store_app.build, store_app.make_interceptors(settings)) as store,
+        grpc.aio.insecure_channel(store.health_address) as channel,
+    ):
+        for service in ("liveness", "readiness", ""):
+            request = health_pb2.HealthCheckRequest(service=service)
+            answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        call = workers_pb2_grpc.WorkerServiceStub(channel).ScanWorkers(
+            workers_pb2.ScanWorkersRequest(), metadata=internal_metadata(TOKEN), timeout=5
+        )
+        assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def serial_shown(address: str, ca: Path) -> int:

@@ -16,6 +16,7 @@ from treadle_service.server import ServiceHost, run_service
 from treadle_trainer.device import Device, load_device
 from treadle_trainer.executor import Executor
 from treadle_trainer.journal_client import JournalClient
+from treadle_trainer.metrics import readings
 from treadle_trainer.service import TrainerServicer, TrainerSlot, TrainingServicer
 from treadle_trainer.settings import TrainerSettings
 from treadle_trainer.trainer import Trainer
@@ -41,6 +42,7 @@ async def build(host: ServiceHost, settings: TrainerSettings) -> AsyncIterator[N
         await host.start()
         device = await executor.start(_loader(settings))
         trainer = Trainer(settings, executor, device, store, host.advertised)
+        host.metrics.add(*readings(trainer))
         await trainer.registration.reach()
         async with trainer.background(lambda _: signal.raise_signal(signal.SIGTERM)):
             slot.fill(trainer)

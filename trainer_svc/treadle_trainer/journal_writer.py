@@ -18,6 +18,7 @@ from treadle.internal.v1 import journal_pb2, usage_pb2
 from treadle.v1 import types_pb2
 from treadle_service import failpoints
 from treadle_service.logs import get_logger
+from treadle_trainer import counters
 from treadle_trainer.journal_client import JournalClient
 
 MAX_INLINE_BYTES: Final = 2**20
@@ -186,11 +187,13 @@ class JournalWriter:
 
     async def _write(self, batch: _Batch) -> bool:
         try:
-            with failpoints.around("trainer.write_journal"):
+            with failpoints.around("trainer.write_journal"), counters.JOURNAL_WRITE.time():
                 response = await self._store.write_journal(batch.entries)
         except TreadleError as error:
+            counters.JOURNAL_FAILURES.inc()
             log.warning("journal_write_failed", reason=error.reason, message=error.message)
             return False
+        counters.JOURNAL_ENTRIES.observe(len(batch.entries))
         self._on_budgets(response.budgets)
         for entry, refusal in zip(batch.entries, response.errors, strict=True):
             pending = self._pending.get(entry.run)

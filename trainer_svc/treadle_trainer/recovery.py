@@ -21,7 +21,7 @@ from treadle.v1 import training_pb2
 from treadle_service import failpoints
 from treadle_service.budgets import TenantBudgets
 from treadle_service.logs import get_logger
-from treadle_trainer import operations
+from treadle_trainer import counters, operations
 from treadle_trainer.device import Device
 from treadle_trainer.executor import Executor
 from treadle_trainer.journal_client import JournalClient
@@ -129,6 +129,7 @@ class Recovery:
             except TreadleError as error:
                 log.warning("mark_failed", run=resident.name, reason=error.reason, message=error.message)
 
+        counters.DIVERGED.inc()
         log.error("run_diverged", run=resident.name, seq=found.seq, message=found.message)
         task = asyncio.create_task(mark())
         self.marking.add(task)

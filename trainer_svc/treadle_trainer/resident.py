@@ -22,6 +22,7 @@ from treadle_service import failpoints
 from treadle_service.budgets import TenantBudgets
 from treadle_trainer import operations
 from treadle_trainer.journal_writer import JournalWriter, Written
+from treadle_trainer.op_spans import OpSpans
 from treadle_trainer.operations import PassWork
 from treadle_trainer.results import ResultLog, StoredResult
 from treadle_trainer.runs import (
@@ -150,6 +151,7 @@ class Resident:
         self._step_metrics = StepMetrics()
         self._writer, self._prepare, self._wake = writer, prepare, wake
         self._on_diverged = on_diverged
+        self._spans = OpSpans(facts.name, facts.tenant, facts.epoch)
         self._told_acked_seq = results.acked_seq
         self._changed = asyncio.Event()
         self._preparing: set[asyncio.Task[None]] = set()
@@ -245,6 +247,8 @@ class Resident:
         metrics = self._gather(op, outcome)
         if finished.drop_gradient:
             self._step_metrics.clear()
+        reason = outcome.reason if isinstance(outcome, TreadleError) else "OK"
+        self._spans.concluded(op, reason, replayed=op.work.recorded is not None)
         if op.work.recorded is not None:
             self._compare(op, outcome, digest)
         else:
@@ -276,6 +280,7 @@ class Resident:
         self._release(written.committed_seq or 0)
         self.results.mark_appended(written.appended_seq or 0)
         self.results.mark_committed(written.committed_seq or 0)
+        self._spans.committed(self.results.committed_seq)
         self._tell_acked()
         self.announce()
 

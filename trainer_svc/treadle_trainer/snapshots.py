@@ -12,6 +12,7 @@ from treadle.errors import TreadleError
 from treadle.internal.v1 import journal_pb2
 from treadle_service import failpoints
 from treadle_service.logs import get_logger
+from treadle_trainer import counters
 from treadle_trainer.device import Device, StateCopy
 from treadle_trainer.executor import Executor
 from treadle_trainer.journal_client import JournalClient
@@ -68,9 +69,12 @@ class Snapshots:
                 await self._store.write_snapshot(resident.name, resident.facts.epoch, snapshot)
             resident.snapshot_seq, resident.snapshot_sha256 = snapshot.seq, snapshot.sha256
             resident.snapshot_digest = snapshot.state_digest
+            counters.SNAPSHOTS.labels("stored").inc()
+            counters.SNAPSHOT_BYTES.inc(snapshot.size)
             log.info("snapshot", run=resident.name, seq=snapshot.seq, step=snapshot.step, size_bytes=snapshot.size)
         except TreadleError as error:
             # The journal still holds everything behind the snapshot before: nothing is lost but time.
+            counters.SNAPSHOTS.labels("failed").inc()
             log.warning("snapshot_failed", run=resident.name, reason=error.reason, message=error.message)
         finally:
             self._end(resident, done)

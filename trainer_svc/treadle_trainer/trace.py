@@ -1,4 +1,4 @@
-"""A ring of the last passes (who shared them, how long they took) and running totals. Knows nothing else."""
+"""A ring of the last passes (who shared them, how long they took), running totals, and what is told to monitoring."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from treadle.internal.v1 import trainer_pb2
+from treadle_service.tracing import TRACING
+from treadle_trainer import counters
 
 KEPT_PASSES: Final = 4000
 
@@ -68,6 +70,11 @@ class PassTrace:
         self._ring.append(entry)
         self.num_passes += 1
         self.num_shared_passes += len(shares) > 1
+        counters.pass_ended(took, len(shares), sum(share.num_tokens for share in shares.values()))
+        if TRACING.on:
+            facts = {"num_runs": len(shares), "num_steps_beside": num_steps_beside}
+            for run, seq, num_tokens in chunks:
+                TRACING.op_span("pass", run, seq, started, started + took, {**facts, "num_tokens": num_tokens})
 
     def last(self, limit: int, after_ns: int = 0) -> list[trainer_pb2.Pass]:
         """Returns the last `limit` passes, those that began later than a Unix time in nanoseconds; newest last."""

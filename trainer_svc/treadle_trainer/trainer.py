@@ -21,6 +21,7 @@ from treadle_service import failpoints
 from treadle_service.budgets import TenantBudgets
 from treadle_service.logs import get_logger
 from treadle_service.registration import Registration
+from treadle_trainer import counters
 from treadle_trainer.adapters import Adapters
 from treadle_trainer.device import Device
 from treadle_trainer.device_loop import DeviceLoop
@@ -184,6 +185,7 @@ class Trainer:
     async def _load(self, name: str) -> Resident:
         await self._make_room()
         asked = time.monotonic()
+        counters.CLAIMS.labels("asked").inc()
         with failpoints.around("trainer.claim"):
             claim = await self._claim(name)
         self._budgets.learn([claim.budget])
@@ -201,6 +203,7 @@ class Trainer:
         finally:
             self._residency.arrived(name)
         self._residents[name] = resident
+        counters.CLAIMS.labels("recovered").inc()
         self._loop.add(resident)
         if claim.from_adapter and resident.order.done_seq == 0 and resident.snapshot_seq == 0:
             # The adapter may be deleted later; the run must not need it again.
@@ -241,6 +244,7 @@ class Trainer:
     async def _close(self, resident: Resident, error: TreadleError) -> None:
         """Drops a run from memory; what it had not written stays unwritten."""
         resident.close(error)
+        counters.LEFT.labels(error.reason).inc()
         self._writer.close(resident.name)
         self._loop.remove(resident.name)
         if self._residents.get(resident.name) is resident:

@@ -13,8 +13,10 @@ from treadle.errors import TreadleError, make_error
 from treadle_gateway.auth import bearer_key
 from treadle_gateway.authenticator import Authenticator
 from treadle_gateway.http.faces import PUBLIC, Endpoint, Scopes
+from treadle_service import request_ids
 from treadle_service.interceptors import RunningCall, answering
 from treadle_service.logs import get_logger
+from treadle_service.metrics import observing_call
 from treadle_service.principal import Principal, set_principal
 
 log = get_logger(__name__)
@@ -45,12 +47,16 @@ class Guard:
         async def fail(error: TreadleError) -> None:
             nonlocal failure
             failure = error
+            outcome.failed(error.code.name, error.reason)
 
+        request_ids.begin("", scope["path"])
         try:
-            async with answering(RunningCall(callbacks.append), scope["path"], fail) as call:
-                if self._scopes != PUBLIC:
-                    await self._admit(HTTPConnection(scope), call)
-                await self._app(scope, receive, watched)
+            # One name for all: paths hold ids, whose number has no bound.
+            with observing_call("HTTP") as outcome:
+                async with answering(RunningCall(callbacks.append), scope["path"], fail) as call:
+                    if self._scopes != PUBLIC:
+                        await self._admit(HTTPConnection(scope), call)
+                    await self._app(scope, receive, watched)
         finally:
             for callback in callbacks:
                 callback()
