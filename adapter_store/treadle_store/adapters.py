@@ -3,9 +3,11 @@
 Bodies for Database.read and Database.write. Knows nothing of the files' bytes (see blobs, adapter_files).
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from typing import Final
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, insert, or_, select, update
 
 from treadle.errors import make_error
@@ -16,6 +18,8 @@ from treadle_store.clock import to_timestamp
 from treadle_store.pages import PageRequest, decode_token, encode_token
 from treadle_store.tables import adapter_files, adapters, runs, snapshots
 
+MAX_METADATA_ENTRIES: Final = 64
+MAX_METADATA_BYTES: Final = 16 * 1024
 _KEY: Final = ("tenant", "run", "kind", "adapter")
 AdapterRow = Row[*tuple[object, ...]]
 
@@ -26,13 +30,21 @@ def adapter_not_found(name: AdapterName) -> Exception:
 
 
 def record_adapter(
-    connection: Connection, name: AdapterName, adapter: adapters_pb2.Adapter, seq: int, now_us: int
+    connection: Connection,
+    name: AdapterName,
+    adapter: adapters_pb2.Adapter,
+    seq: int,
+    now_us: int,
+    *,
+    overwrite: bool = False,
 ) -> adapters_pb2.Adapter:
     """Adds a saved adapter and returns it as recorded; the caller has checked the lease and the blobs.
 
     Harmless when repeated: the same content, or the same operation's save, returns what is there.
-    Raises ADAPTER_EXISTS when the name is taken by other content, QUOTA_EXCEEDED when the tenant stores too much.
+    Raises ADAPTER_EXISTS when the name is taken by other content that may not be overwritten or that a run still
+    starts from, QUOTA_EXCEEDED when the tenant stores too much, BAD_VALUE for too much metadata.
     """
+    check_metadata(adapter.metadata)
     limit = quotas.storage_limit(connection, name.tenant)
     row = connection.execute(select(*adapters.c).where(is_adapter_row(name))).one_or_none()
     if row is not None and row.deleted_us is None:
@@ -43,12 +55,13 @@ def record_adapter(
             connection.execute(update(adapters).where(is_adapter_row(name)).values(unnamed=unnamed, used_us=now_us))
             there.unnamed = unnamed
             return there
-        raise make_error(
-            "ADAPTER_EXISTS", f"{name} is taken by other content; saved adapters never change, use a new id"
-        )
+        if not overwrite:
+            raise make_error(
+                "ADAPTER_EXISTS", f"{name} is taken by other content; saved adapters never change, use a new id"
+            )
     if row is not None:
         if connection.execute(select(is_needed(name))).scalar_one():
-            raise make_error("ADAPTER_EXISTS", f"{name} was deleted, but a run still starts from it; use a new id")
+            raise make_error("ADAPTER_EXISTS", f"a run still starts from {name} as it was; use a new id")
         connection.execute(delete(adapters).where(is_adapter_row(name)))
     values = dict(zip(_KEY, (name.tenant, name.run, name.kind, name.adapter), strict=True))
     connection.execute(
@@ -60,6 +73,8 @@ def record_adapter(
             seq=seq,
             created_us=now_us,
             unnamed=adapter.unnamed,
+            expires_us=_micros(adapter.expires) if adapter.HasField("expires") else None,
+            metadata=json.dumps(dict(adapter.metadata), sort_keys=True),
         )
     )
     files = [{**values, "path": f.path, "size": f.size, "sha256": f.sha256} for f in adapter.files]
@@ -122,6 +137,60 @@ def delete_adapter(connection: Connection, name: AdapterName, now_us: int) -> st
     return str(base)
 
 
+def expire_adapter(connection: Connection, name: AdapterName, expires_us: int | None) -> adapters_pb2.Adapter:
+    """Sets when a saved adapter goes by itself, None for never; returns it. Raises ADAPTER_NOT_FOUND."""
+    live = and_(is_adapter_row(name), adapters.c.deleted_us.is_(None))
+    connection.execute(update(adapters).where(live).values(expires_us=expires_us))
+    return fetch_adapter(connection, name)
+
+
+def copy_adapter(
+    connection: Connection, source: AdapterName, target: AdapterName, expires_us: int | None, now_us: int
+) -> adapters_pb2.Adapter:
+    """Records a saved adapter once more under another run of the tenant; returns the copy.
+
+    Raises ADAPTER_NOT_FOUND, RUN_NOT_FOUND, ADAPTER_EXISTS, QUOTA_EXCEEDED, and INCOMPATIBLE_ADAPTER when the run has
+    another base or shape.
+    """
+    adapter = fetch_adapter(connection, source)
+    run = connection.execute(
+        select(runs.c.base, runs.c.lora).where(runs.c.tenant == target.tenant, runs.c.run == target.run)
+    ).one_or_none()
+    if run is None:
+        raise make_error("RUN_NOT_FOUND", f"there is no run {target.run_name}; ListRuns shows yours")
+    shape = types_pb2.LoraConfig.FromString(run.lora)
+    shape.seed = adapter.lora.seed
+    if run.base != adapter.base or shape != adapter.lora:
+        raise make_error("INCOMPATIBLE_ADAPTER", f"{source} has another base or shape than {target.run_name}")
+    copy = adapters_pb2.Adapter()
+    copy.CopyFrom(adapter)
+    copy.unnamed = False
+    copy.ClearField("expires")
+    if expires_us is not None:
+        copy.expires.CopyFrom(to_timestamp(expires_us))
+    return record_adapter(connection, target, copy, 0, now_us)
+
+
+def expire_adapters(connection: Connection, now_us: int) -> list[tuple[str, str]]:
+    """Hides the adapters whose time has come; returns their names and bases."""
+    due = and_(adapters.c.expires_us <= now_us, adapters.c.deleted_us.is_(None))
+    rows = connection.execute(select(*adapters.c).where(due)).all()
+    for row in rows:
+        delete_adapter(connection, _name_of(row), now_us)
+    return [(str(_name_of(row)), row.base) for row in rows]
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Raises BAD_VALUE when there is more than is kept."""
+    num_bytes = sum(len(key.encode()) + len(value.encode()) for key, value in metadata.items())
+    if len(metadata) > MAX_METADATA_ENTRIES or num_bytes > MAX_METADATA_BYTES:
+        raise make_error(
+            "BAD_VALUE",
+            f"metadata has {len(metadata)} entries and {num_bytes} bytes; "
+            f"at most {MAX_METADATA_ENTRIES} entries and {MAX_METADATA_BYTES} bytes are kept",
+        )
+
+
 def purge_adapters(connection: Connection, before_us: int) -> int:
     """Removes the rows of adapters that were deleted before then and that no run needs; returns how many."""
     rows = connection.execute(select(*adapters.c).where(adapters.c.deleted_us < before_us)).all()
@@ -176,7 +245,13 @@ def _to_adapter(row: AdapterRow, files: Iterable[adapters_pb2.AdapterFile]) -> a
         created=to_timestamp(row.created_us),
         files=files,
         unnamed=row.unnamed,
+        expires=None if row.expires_us is None else to_timestamp(row.expires_us),
+        metadata=json.loads(row.metadata),
     )
+
+
+def _micros(stamp: Timestamp) -> int:
+    return stamp.ToNanoseconds() // 1000
 
 
 def _content(adapter: adapters_pb2.Adapter) -> tuple[object, ...]:

@@ -13,7 +13,7 @@ from typing import Final
 from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, insert, or_, select
 
 from treadle.errors import make_error
-from treadle.names import RunName, check_tenant, parse_adapter
+from treadle.names import RunName, check_id, check_tenant, parse_adapter
 from treadle.v1 import metrics_pb2, training_pb2, types_pb2
 from treadle_store import adapters, quotas
 from treadle_store.clock import to_timestamp
@@ -24,8 +24,6 @@ MAX_RANK: Final = 512
 DEFAULT_RANK: Final = 32
 DEFAULT_ALPHA: Final = 32.0
 MAX_REQUEST_ID_CHARS: Final = 128
-MAX_METADATA_ENTRIES: Final = 64
-MAX_METADATA_BYTES: Final = 16 * 1024
 _ID_ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
 
 # Columns come and go with the query; SQLAlchemy types a row by its tuple, which would say less than the names do.
@@ -37,7 +35,7 @@ def register_run(
 ) -> tuple[training_pb2.Run, bool]:
     """Adds a run, or finds the one that the same request made; returns it and whether it was there.
 
-    Raises BAD_NAME, BAD_VALUE, BAD_LORA_CONFIG, UNKNOWN_BASE, REQUEST_ID_REUSED, ADAPTER_NOT_FOUND,
+    Raises BAD_NAME, BAD_VALUE, BAD_LORA_CONFIG, UNKNOWN_BASE, REQUEST_ID_REUSED, RUN_EXISTS, ADAPTER_NOT_FOUND,
     INCOMPATIBLE_ADAPTER or QUOTA_EXCEEDED.
     """
     check_tenant(tenant)
@@ -55,7 +53,9 @@ def register_run(
             return to_run(row, now_us), True
     quotas.check_new_run(connection, tenant)
     base, lora = _shape(connection, tenant, request, now_us)
-    name = RunName(tenant, "r-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(10)))
+    name = RunName(tenant, request.run_id or "r-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(10)))
+    if connection.execute(_FETCH_RUN, {"of_tenant": tenant, "of_run": name.run}).one_or_none() is not None:
+        raise make_error("RUN_EXISTS", f"there is a run {name} already; use another run_id")
     connection.execute(
         insert(runs).values(
             tenant=tenant,
@@ -186,13 +186,9 @@ _LOCK_LEASED_RUN: Final = (
 def _check_request(request: training_pb2.CreateRunRequest) -> None:
     if len(request.request_id) > MAX_REQUEST_ID_CHARS:
         raise make_error("BAD_VALUE", f"request_id is longer than {MAX_REQUEST_ID_CHARS} characters")
-    num_bytes = sum(len(key.encode()) + len(value.encode()) for key, value in request.metadata.items())
-    if len(request.metadata) > MAX_METADATA_ENTRIES or num_bytes > MAX_METADATA_BYTES:
-        raise make_error(
-            "BAD_VALUE",
-            f"metadata has {len(request.metadata)} entries and {num_bytes} bytes; "
-            f"at most {MAX_METADATA_ENTRIES} entries and {MAX_METADATA_BYTES} bytes are kept",
-        )
+    adapters.check_metadata(request.metadata)
+    if request.run_id:
+        check_id(request.run_id)
 
 
 def _shape(

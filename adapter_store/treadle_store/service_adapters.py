@@ -72,15 +72,43 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         await self._delete(_named(request.name, "checkpoints"))
         return adapters_pb2.DeleteCheckpointResponse()
 
+    async def SetAdapterTtl(
+        self, request: adapters_pb2.SetAdapterTtlRequest, context: object
+    ) -> adapters_pb2.SetAdapterTtlResponse:
+        """Sets when an adapter goes by itself."""
+        expires_us = self._after(request)
+        body = partial(adapters.expire_adapter, name=visible_adapter(request.name), expires_us=expires_us)
+        return adapters_pb2.SetAdapterTtlResponse(adapter=await self._database.write(body))
+
+    async def CopyAdapter(
+        self, request: adapters_pb2.CopyAdapterRequest, context: object
+    ) -> adapters_pb2.CopyAdapterResponse:
+        """Saves an adapter once more under another run."""
+        source = visible_adapter(request.source)
+        target = visible_run(request.run).adapter(source.kind, request.adapter_id or source.adapter)
+        body = partial(
+            adapters.copy_adapter,
+            source=source,
+            target=target,
+            expires_us=self._after(request),
+            now_us=self._clock(),
+        )
+        copy = await self._database.write(body)
+        self._feed.published(copy)
+        return adapters_pb2.CopyAdapterResponse(adapter=copy)
+
     async def PullAdapter(
         self, request: adapters_pb2.PullAdapterRequest, context: object
     ) -> AsyncIterator[adapters_pb2.PullAdapterResponse]:
         """Streams an adapter's files."""
         adapter = await self._fetch(visible_adapter(request.name))
         yield adapters_pb2.PullAdapterResponse(adapter=adapter)
-        for file in adapter.files:
+        wanted = [file for file in adapter.files if request.path in ("", file.path)]
+        if not wanted:
+            raise make_error("BLOB_NOT_FOUND", f"{request.name} has no file {request.path[:100]!r}")
+        for file in wanted:
             yield adapters_pb2.PullAdapterResponse(file=file)
-            async for data, crc32c in read_chunks(self._blobs, file.sha256, 0):
+            async for data, crc32c in read_chunks(self._blobs, file.sha256, request.offset if request.path else 0):
                 yield adapters_pb2.PullAdapterResponse(chunk=adapters_pb2.FileChunk(data=data, crc32c=crc32c))
 
     async def PushAdapter(
@@ -107,6 +135,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         revision = await self._database.write(record)
         self._feed.published(revision)
         return adapters_pb2.PushAdapterResponse(revision=revision)
+
+    def _after(self, request: adapters_pb2.SetAdapterTtlRequest | adapters_pb2.CopyAdapterRequest) -> int | None:
+        """Returns when a request's ttl is over, None without one; raises BAD_VALUE."""
+        if not request.HasField("ttl"):
+            return None
+        if request.ttl.ToNanoseconds() <= 0:
+            raise make_error("BAD_VALUE", "ttl is a time from now on; leave it unset to keep the adapter for ever")
+        return self._clock() + request.ttl.ToNanoseconds() // 1000
 
     async def _scan(self, kind: AdapterKind, run: str, page: PageRequest) -> tuple[list[adapters_pb2.Adapter], str]:
         tenant = current_principal().tenant

@@ -180,7 +180,9 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
                 journal.check_epoch(connection, run, request.epoch)
             else:
                 catalog.fetch_run(connection, run)
-            return adapters.record_adapter(connection, name, request.adapter, request.seq, self._clock())
+            return adapters.record_adapter(
+                connection, name, request.adapter, request.seq, self._clock(), overwrite=request.overwrite
+            )
 
         with failpoints.around("store.record_adapter"):
             recorded = await self._database.write(record)

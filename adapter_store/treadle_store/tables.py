@@ -218,6 +218,8 @@ adapters: Final = Table(
     Column("deleted_us", BigInteger),
     Column("unnamed", Boolean, nullable=False, server_default=false()),
     Column("used_us", BigInteger),  # last known use of an unnamed one
+    Column("expires_us", BigInteger),  # when it goes by itself; NULL for never
+    Column("metadata", Text, nullable=False, server_default="{}"),  # JSON object of strings
     Index(None, "tenant", "kind", "created_us"),
 )
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, and_, bindparam, delete, exists, func, select
 from treadle.errors import TreadleError
 from treadle.names import AdapterName, parse_adapter
 from treadle_service.logs import get_logger
-from treadle_store.adapters import is_adapter_row, is_needed
+from treadle_store.adapters import expire_adapters, is_adapter_row, is_needed
 from treadle_store.blobs import BlobStore
 from treadle_store.clock import Clock
 from treadle_store.database import Database
@@ -47,7 +47,12 @@ class UnnamedRevisions:
         self._used_us[name] = self._clock()
 
     async def collect(self) -> int:
-        """Writes uses down, removes what is due with its blobs, tells the watchers; returns how many went."""
+        """Hides what has expired, writes uses down, removes unnamed revisions that are due with their blobs.
+
+        Tells the watchers; returns how many unnamed ones went.
+        """
+        for expired, base in await self._database.write(partial(expire_adapters, now_us=self._clock())):
+            self._feed.removed(base, expired)
         used, self._used_us = self._used_us, {}
         before_us = self._clock() - int(self._idle_seconds * 1e6)
         body = partial(collect_rows, used_us=used, num_kept=self._num_kept, before_us=before_us)

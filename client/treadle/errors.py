@@ -203,6 +203,7 @@ CATALOGUE: Final[dict[str, ErrorSpec]] = {
     "SEQ_REUSED": ErrorSpec(_C.ALREADY_EXISTS, False, SeqReusedError),
     "REQUEST_ID_REUSED": ErrorSpec(_C.ALREADY_EXISTS, False, ConflictError),
     "ADAPTER_EXISTS": ErrorSpec(_C.ALREADY_EXISTS, False, ConflictError),
+    "RUN_EXISTS": ErrorSpec(_C.ALREADY_EXISTS, False, ConflictError),
     "TENANT_EXISTS": ErrorSpec(_C.ALREADY_EXISTS, False, ConflictError),
     "INCOMPATIBLE_ADAPTER": ErrorSpec(_C.FAILED_PRECONDITION, False, ConflictError),
     "NO_OPTIMIZER_STATE": ErrorSpec(_C.FAILED_PRECONDITION, False, ConflictError),

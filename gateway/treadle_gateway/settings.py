@@ -20,6 +20,12 @@ class GatewaySettings(ServiceSettings):
         "127.0.0.1:7680", description="host:port to serve HTTP on; port 0 takes a free one, empty serves none"
     )
     http_address_file: Path | None = Field(None, description="file that receives the bound host:port of HTTP")
+    model_aliases: dict[str, str] = Field(
+        {}, description="further names of bases over HTTP, as JSON: name to the base that it means"
+    )
+    max_samples_per_tenant: int = Field(
+        4096, ge=1, description="sampling requests that one tenant may have under way over the Tinker face"
+    )
     store_address: str = Field("127.0.0.1:7630", description="host:port of the adapter store")
     refresh_seconds: float = Field(1.0, gt=0, description="time between two looks at the list of live workers")
     key_cache_seconds: float = Field(

@@ -103,6 +103,8 @@ NAMED = {
     _A + "DeleteRevision": Named(adapters_pb2.DeleteRevisionRequest, "name", "revisions/a"),
     _A + "GetCheckpoint": Named(adapters_pb2.GetCheckpointRequest, "name", "checkpoints/c"),
     _A + "DeleteCheckpoint": Named(adapters_pb2.DeleteCheckpointRequest, "name", "checkpoints/c"),
+    _A + "SetAdapterTtl": Named(adapters_pb2.SetAdapterTtlRequest, "name", "checkpoints/c"),
+    _A + "CopyAdapter": Named(adapters_pb2.CopyAdapterRequest, "source", "checkpoints/c"),
     _A + "PullAdapter": Named(adapters_pb2.PullAdapterRequest, "name", "revisions/a"),
     _A + "PushAdapter": Named(adapters_pb2.PushAdapterRequest, "header.run", "run"),
     _M + "LogMetrics": Named(metrics_pb2.LogMetricsRequest, "run", "run"),
@@ -152,6 +154,8 @@ def request_for(method: str, run: str) -> tuple[Message, str]:
     for part in outer:
         message = getattr(message, part)
     setattr(message, last, name)
+    if method.endswith("CopyAdapter"):
+        request.run = "tenants/nosy/runs/r-0000000000"
     if method.endswith("PushAdapter"):
         request.header.revision_id = "mine"
     if method.endswith("StreamOperations"):

@@ -86,11 +86,23 @@ class Adapters:
             adapter.unnamed = op.kind == SAVE_WEIGHTS and not op.work.operation.save_weights_for_sampler.revision_id
             adapter.name = _adapter_name(resident.name, op, stored_files, step)
             adapter.created.FromNanoseconds(time.time_ns())
+            wanted = getattr(op.work.operation, op.kind)
+            adapter.metadata.update(wanted.metadata)
+            if wanted.HasField("ttl"):
+                adapter.expires.FromNanoseconds(time.time_ns() + wanted.ttl.ToNanoseconds())
             stored = time.monotonic()
             # An adapter must not outlive an operation that was never accepted.
             await resident.wait_until(lambda: resident.results.appended_seq >= op.seq)
             with failpoints.around("trainer.record_adapter"):
-                record = partial(self._store.record_adapter, resident.name, resident.facts.epoch, op.seq, adapter)
+                overwrite = op.kind == SAVE_STATE and op.work.operation.save_state.overwrite
+                record = partial(
+                    self._store.record_adapter,
+                    resident.name,
+                    resident.facts.epoch,
+                    op.seq,
+                    adapter,
+                    overwrite=overwrite,
+                )
                 await persist(record, resident.is_open)
         except TreadleError as error:
             self._loop.conclude(resident, op, error)

@@ -67,9 +67,11 @@ class JournalClient(StoreClient):
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 
-    async def record_adapter(self, run: str, epoch: int, seq: int, adapter: adapters_pb2.Adapter) -> None:
+    async def record_adapter(
+        self, run: str, epoch: int, seq: int, adapter: adapters_pb2.Adapter, *, overwrite: bool = False
+    ) -> None:
         """Records a saved adapter whose blobs are stored; STALE_LEASE, ADAPTER_EXISTS."""
-        request = journal_pb2.RecordAdapterRequest(run=run, epoch=epoch, seq=seq, adapter=adapter)
+        request = journal_pb2.RecordAdapterRequest(run=run, epoch=epoch, seq=seq, adapter=adapter, overwrite=overwrite)
         await self._retried(lambda: self._unary(self._journal.RecordAdapter, request))
 
 

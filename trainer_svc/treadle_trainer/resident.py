@@ -15,7 +15,7 @@ from typing import Protocol
 
 from google.protobuf.duration_pb2 import Duration
 
-from treadle.errors import TreadleError, make_error, to_operation_error
+from treadle.errors import TreadleError, from_operation_error, make_error, to_operation_error
 from treadle.internal.v1 import journal_pb2
 from treadle.v1 import training_pb2, types_pb2
 from treadle_service import failpoints
@@ -217,6 +217,8 @@ class Resident:
             return
         if self.diverged is not None:
             op.doom = self.diverged
+        elif op.work.operation.HasField("refused"):
+            op.doom = from_operation_error(op.work.operation.refused)
         elif not op.kind:
             op.doom = make_error("BAD_OPERATION", f"operation {op.seq} has no kind; set forward, optim_step or another")
         elif op.kind in BATCHED and op.num_bytes <= _PREPARE_INLINE_BYTES:

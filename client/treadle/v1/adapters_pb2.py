@@ -22,57 +22,70 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from treadle.v1 import types_pb2 as treadle_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19treadle/v1/adapters.proto\x12\ntreadle.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16treadle/v1/types.proto\"9\n\x0b\x41\x64\x61pterFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\xbf\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12$\n\x04lora\x18\x03 \x01(\x0b\x32\x16.treadle.v1.LoraConfig\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12+\n\x07\x63reated\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x05\x66iles\x18\x06 \x03(\x0b\x32\x17.treadle.v1.AdapterFile\x12\x0f\n\x07unnamed\x18\x07 \x01(\x08\"J\n\x14ListRevisionsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"X\n\x15ListRevisionsResponse\x12&\n\trevisions\x18\x01 \x03(\x0b\x32\x13.treadle.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x12GetRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x13GetRevisionResponse\x12%\n\x08revision\x18\x01 \x01(\x0b\x32\x13.treadle.v1.Adapter\"%\n\x15\x44\x65leteRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteRevisionResponse\"L\n\x16ListCheckpointsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"\\\n\x17ListCheckpointsResponse\x12(\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x13.treadle.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14GetCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x15GetCheckpointResponse\x12\'\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x13.treadle.v1.Adapter\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse\"\"\n\x12PullAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\")\n\tFileChunk\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\x97\x01\n\x13PullAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.treadle.v1.AdapterH\x00\x12\'\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x17.treadle.v1.AdapterFileH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.treadle.v1.FileChunkH\x00\x42\x07\n\x05\x66rame\".\n\nPushHeader\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x13\n\x0brevision_id\x18\x02 \x01(\t\"\x98\x01\n\x12PushAdapterRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.treadle.v1.PushHeaderH\x00\x12\'\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x17.treadle.v1.AdapterFileH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.treadle.v1.FileChunkH\x00\x42\x07\n\x05\x66rame\"<\n\x13PushAdapterResponse\x12%\n\x08revision\x18\x01 \x01(\x0b\x32\x13.treadle.v1.Adapter2\xc4\x05\n\x0e\x41\x64\x61pterService\x12T\n\rListRevisions\x12 .treadle.v1.ListRevisionsRequest\x1a!.treadle.v1.ListRevisionsResponse\x12N\n\x0bGetRevision\x12\x1e.treadle.v1.GetRevisionRequest\x1a\x1f.treadle.v1.GetRevisionResponse\x12W\n\x0e\x44\x65leteRevision\x12!.treadle.v1.DeleteRevisionRequest\x1a\".treadle.v1.DeleteRevisionResponse\x12Z\n\x0fListCheckpoints\x12\".treadle.v1.ListCheckpointsRequest\x1a#.treadle.v1.ListCheckpointsResponse\x12T\n\rGetCheckpoint\x12 .treadle.v1.GetCheckpointRequest\x1a!.treadle.v1.GetCheckpointResponse\x12]\n\x10\x44\x65leteCheckpoint\x12#.treadle.v1.DeleteCheckpointRequest\x1a$.treadle.v1.DeleteCheckpointResponse\x12P\n\x0bPullAdapter\x12\x1e.treadle.v1.PullAdapterRequest\x1a\x1f.treadle.v1.PullAdapterResponse0\x01\x12P\n\x0bPushAdapter\x12\x1e.treadle.v1.PushAdapterRequest\x1a\x1f.treadle.v1.PushAdapterResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19treadle/v1/adapters.proto\x12\ntreadle.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16treadle/v1/types.proto\"9\n\x0b\x41\x64\x61pterFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\xd2\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12$\n\x04lora\x18\x03 \x01(\x0b\x32\x16.treadle.v1.LoraConfig\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12+\n\x07\x63reated\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x05\x66iles\x18\x06 \x03(\x0b\x32\x17.treadle.v1.AdapterFile\x12\x0f\n\x07unnamed\x18\x07 \x01(\x08\x12+\n\x07\x65xpires\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x08metadata\x18\t \x03(\x0b\x32!.treadle.v1.Adapter.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x14ListRevisionsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"X\n\x15ListRevisionsResponse\x12&\n\trevisions\x18\x01 \x03(\x0b\x32\x13.treadle.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x12GetRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x13GetRevisionResponse\x12%\n\x08revision\x18\x01 \x01(\x0b\x32\x13.treadle.v1.Adapter\"%\n\x15\x44\x65leteRevisionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x18\n\x16\x44\x65leteRevisionResponse\"L\n\x16ListCheckpointsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"\\\n\x17ListCheckpointsResponse\x12(\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x13.treadle.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14GetCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x15GetCheckpointResponse\x12\'\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x13.treadle.v1.Adapter\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse\"L\n\x14SetAdapterTtlRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x15SetAdapterTtlResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.treadle.v1.Adapter\"m\n\x12\x43opyAdapterRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x12\n\nadapter_id\x18\x03 \x01(\t\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x13\x43opyAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.treadle.v1.Adapter\"@\n\x12PullAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\")\n\tFileChunk\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\x97\x01\n\x13PullAdapterResponse\x12&\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.treadle.v1.AdapterH\x00\x12\'\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x17.treadle.v1.AdapterFileH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.treadle.v1.FileChunkH\x00\x42\x07\n\x05\x66rame\".\n\nPushHeader\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x13\n\x0brevision_id\x18\x02 \x01(\t\"\x98\x01\n\x12PushAdapterRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.treadle.v1.PushHeaderH\x00\x12\'\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x17.treadle.v1.AdapterFileH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.treadle.v1.FileChunkH\x00\x42\x07\n\x05\x66rame\"<\n\x13PushAdapterResponse\x12%\n\x08revision\x18\x01 \x01(\x0b\x32\x13.treadle.v1.Adapter2\xea\x06\n\x0e\x41\x64\x61pterService\x12T\n\rListRevisions\x12 .treadle.v1.ListRevisionsRequest\x1a!.treadle.v1.ListRevisionsResponse\x12N\n\x0bGetRevision\x12\x1e.treadle.v1.GetRevisionRequest\x1a\x1f.treadle.v1.GetRevisionResponse\x12W\n\x0e\x44\x65leteRevision\x12!.treadle.v1.DeleteRevisionRequest\x1a\".treadle.v1.DeleteRevisionResponse\x12Z\n\x0fListCheckpoints\x12\".treadle.v1.ListCheckpointsRequest\x1a#.treadle.v1.ListCheckpointsResponse\x12T\n\rGetCheckpoint\x12 .treadle.v1.GetCheckpointRequest\x1a!.treadle.v1.GetCheckpointResponse\x12]\n\x10\x44\x65leteCheckpoint\x12#.treadle.v1.DeleteCheckpointRequest\x1a$.treadle.v1.DeleteCheckpointResponse\x12T\n\rSetAdapterTtl\x12 .treadle.v1.SetAdapterTtlRequest\x1a!.treadle.v1.SetAdapterTtlResponse\x12N\n\x0b\x43opyAdapter\x12\x1e.treadle.v1.CopyAdapterRequest\x1a\x1f.treadle.v1.CopyAdapterResponse\x12P\n\x0bPullAdapter\x12\x1e.treadle.v1.PullAdapterRequest\x1a\x1f.treadle.v1.PullAdapterResponse0\x01\x12P\n\x0bPushAdapter\x12\x1e.treadle.v1.PushAdapterRequest\x1a\x1f.treadle.v1.PushAdapterResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'treadle.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERFILE']._serialized_start=98
-  _globals['_ADAPTERFILE']._serialized_end=155
-  _globals['_ADAPTER']._serialized_start=158
-  _globals['_ADAPTER']._serialized_end=349
-  _globals['_LISTREVISIONSREQUEST']._serialized_start=351
-  _globals['_LISTREVISIONSREQUEST']._serialized_end=425
-  _globals['_LISTREVISIONSRESPONSE']._serialized_start=427
-  _globals['_LISTREVISIONSRESPONSE']._serialized_end=515
-  _globals['_GETREVISIONREQUEST']._serialized_start=517
-  _globals['_GETREVISIONREQUEST']._serialized_end=551
-  _globals['_GETREVISIONRESPONSE']._serialized_start=553
-  _globals['_GETREVISIONRESPONSE']._serialized_end=613
-  _globals['_DELETEREVISIONREQUEST']._serialized_start=615
-  _globals['_DELETEREVISIONREQUEST']._serialized_end=652
-  _globals['_DELETEREVISIONRESPONSE']._serialized_start=654
-  _globals['_DELETEREVISIONRESPONSE']._serialized_end=678
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=680
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=756
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=758
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=850
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=852
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=888
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=890
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=954
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=956
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=995
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=997
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=1023
-  _globals['_PULLADAPTERREQUEST']._serialized_start=1025
-  _globals['_PULLADAPTERREQUEST']._serialized_end=1059
-  _globals['_FILECHUNK']._serialized_start=1061
-  _globals['_FILECHUNK']._serialized_end=1102
-  _globals['_PULLADAPTERRESPONSE']._serialized_start=1105
-  _globals['_PULLADAPTERRESPONSE']._serialized_end=1256
-  _globals['_PUSHHEADER']._serialized_start=1258
-  _globals['_PUSHHEADER']._serialized_end=1304
-  _globals['_PUSHADAPTERREQUEST']._serialized_start=1307
-  _globals['_PUSHADAPTERREQUEST']._serialized_end=1459
-  _globals['_PUSHADAPTERRESPONSE']._serialized_start=1461
-  _globals['_PUSHADAPTERRESPONSE']._serialized_end=1521
-  _globals['_ADAPTERSERVICE']._serialized_start=1524
-  _globals['_ADAPTERSERVICE']._serialized_end=2232
+  _globals['_ADAPTER_METADATAENTRY']._loaded_options = None
+  _globals['_ADAPTER_METADATAENTRY']._serialized_options = b'8\001'
+  _globals['_ADAPTERFILE']._serialized_start=130
+  _globals['_ADAPTERFILE']._serialized_end=187
+  _globals['_ADAPTER']._serialized_start=190
+  _globals['_ADAPTER']._serialized_end=528
+  _globals['_ADAPTER_METADATAENTRY']._serialized_start=481
+  _globals['_ADAPTER_METADATAENTRY']._serialized_end=528
+  _globals['_LISTREVISIONSREQUEST']._serialized_start=530
+  _globals['_LISTREVISIONSREQUEST']._serialized_end=604
+  _globals['_LISTREVISIONSRESPONSE']._serialized_start=606
+  _globals['_LISTREVISIONSRESPONSE']._serialized_end=694
+  _globals['_GETREVISIONREQUEST']._serialized_start=696
+  _globals['_GETREVISIONREQUEST']._serialized_end=730
+  _globals['_GETREVISIONRESPONSE']._serialized_start=732
+  _globals['_GETREVISIONRESPONSE']._serialized_end=792
+  _globals['_DELETEREVISIONREQUEST']._serialized_start=794
+  _globals['_DELETEREVISIONREQUEST']._serialized_end=831
+  _globals['_DELETEREVISIONRESPONSE']._serialized_start=833
+  _globals['_DELETEREVISIONRESPONSE']._serialized_end=857
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=859
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=935
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=937
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1029
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1031
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1067
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1069
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=1133
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=1135
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=1174
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=1176
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=1202
+  _globals['_SETADAPTERTTLREQUEST']._serialized_start=1204
+  _globals['_SETADAPTERTTLREQUEST']._serialized_end=1280
+  _globals['_SETADAPTERTTLRESPONSE']._serialized_start=1282
+  _globals['_SETADAPTERTTLRESPONSE']._serialized_end=1343
+  _globals['_COPYADAPTERREQUEST']._serialized_start=1345
+  _globals['_COPYADAPTERREQUEST']._serialized_end=1454
+  _globals['_COPYADAPTERRESPONSE']._serialized_start=1456
+  _globals['_COPYADAPTERRESPONSE']._serialized_end=1515
+  _globals['_PULLADAPTERREQUEST']._serialized_start=1517
+  _globals['_PULLADAPTERREQUEST']._serialized_end=1581
+  _globals['_FILECHUNK']._serialized_start=1583
+  _globals['_FILECHUNK']._serialized_end=1624
+  _globals['_PULLADAPTERRESPONSE']._serialized_start=1627
+  _globals['_PULLADAPTERRESPONSE']._serialized_end=1778
+  _globals['_PUSHHEADER']._serialized_start=1780
+  _globals['_PUSHHEADER']._serialized_end=1826
+  _globals['_PUSHADAPTERREQUEST']._serialized_start=1829
+  _globals['_PUSHADAPTERREQUEST']._serialized_end=1981
+  _globals['_PUSHADAPTERRESPONSE']._serialized_start=1983
+  _globals['_PUSHADAPTERRESPONSE']._serialized_end=2043
+  _globals['_ADAPTERSERVICE']._serialized_start=2046
+  _globals['_ADAPTERSERVICE']._serialized_end=2920
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,16 @@ class AdapterServiceStub(object):
                 request_serializer=treadle_dot_v1_dot_adapters__pb2.DeleteCheckpointRequest.SerializeToString,
                 response_deserializer=treadle_dot_v1_dot_adapters__pb2.DeleteCheckpointResponse.FromString,
                 _registered_method=True)
+        self.SetAdapterTtl = channel.unary_unary(
+                '/treadle.v1.AdapterService/SetAdapterTtl',
+                request_serializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlRequest.SerializeToString,
+                response_deserializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlResponse.FromString,
+                _registered_method=True)
+        self.CopyAdapter = channel.unary_unary(
+                '/treadle.v1.AdapterService/CopyAdapter',
+                request_serializer=treadle_dot_v1_dot_adapters__pb2.CopyAdapterRequest.SerializeToString,
+                response_deserializer=treadle_dot_v1_dot_adapters__pb2.CopyAdapterResponse.FromString,
+                _registered_method=True)
         self.PullAdapter = channel.unary_stream(
                 '/treadle.v1.AdapterService/PullAdapter',
                 request_serializer=treadle_dot_v1_dot_adapters__pb2.PullAdapterRequest.SerializeToString,
@@ -123,6 +133,21 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetAdapterTtl(self, request, context):
+        """Sets when a revision or checkpoint goes by itself. Errors: ADAPTER_NOT_FOUND, BAD_VALUE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CopyAdapter(self, request, context):
+        """Saves a revision or checkpoint once more under another run of the same tenant; no bytes are copied.
+        Errors: ADAPTER_NOT_FOUND, RUN_NOT_FOUND, INCOMPATIBLE_ADAPTER, ADAPTER_EXISTS, QUOTA_EXCEEDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PullAdapter(self, request, context):
         """Streams the files of a revision or checkpoint: for each file a header, then its chunks.
         """
@@ -170,6 +195,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.DeleteCheckpoint,
                     request_deserializer=treadle_dot_v1_dot_adapters__pb2.DeleteCheckpointRequest.FromString,
                     response_serializer=treadle_dot_v1_dot_adapters__pb2.DeleteCheckpointResponse.SerializeToString,
+            ),
+            'SetAdapterTtl': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAdapterTtl,
+                    request_deserializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlRequest.FromString,
+                    response_serializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlResponse.SerializeToString,
+            ),
+            'CopyAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.CopyAdapter,
+                    request_deserializer=treadle_dot_v1_dot_adapters__pb2.CopyAdapterRequest.FromString,
+                    response_serializer=treadle_dot_v1_dot_adapters__pb2.CopyAdapterResponse.SerializeToString,
             ),
             'PullAdapter': grpc.unary_stream_rpc_method_handler(
                     servicer.PullAdapter,
@@ -345,6 +380,60 @@ class AdapterService(object):
             '/treadle.v1.AdapterService/DeleteCheckpoint',
             treadle_dot_v1_dot_adapters__pb2.DeleteCheckpointRequest.SerializeToString,
             treadle_dot_v1_dot_adapters__pb2.DeleteCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAdapterTtl(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.v1.AdapterService/SetAdapterTtl',
+            treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlRequest.SerializeToString,
+            treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CopyAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.v1.AdapterService/CopyAdapter',
+            treadle_dot_v1_dot_adapters__pb2.CopyAdapterRequest.SerializeToString,
+            treadle_dot_v1_dot_adapters__pb2.CopyAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

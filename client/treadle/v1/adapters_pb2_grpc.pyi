@@ -45,6 +45,12 @@ class AdapterServiceStub:
     """Returns one checkpoint. Errors: ADAPTER_NOT_FOUND."""
     DeleteCheckpoint: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteCheckpointRequest, _adapters_pb2.DeleteCheckpointResponse]
     """Deletes one checkpoint. Errors: ADAPTER_NOT_FOUND."""
+    SetAdapterTtl: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAdapterTtlRequest, _adapters_pb2.SetAdapterTtlResponse]
+    """Sets when a revision or checkpoint goes by itself. Errors: ADAPTER_NOT_FOUND, BAD_VALUE."""
+    CopyAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.CopyAdapterRequest, _adapters_pb2.CopyAdapterResponse]
+    """Saves a revision or checkpoint once more under another run of the same tenant; no bytes are copied.
+    Errors: ADAPTER_NOT_FOUND, RUN_NOT_FOUND, INCOMPATIBLE_ADAPTER, ADAPTER_EXISTS, QUOTA_EXCEEDED.
+    """
     PullAdapter: _grpc.UnaryStreamMultiCallable[_adapters_pb2.PullAdapterRequest, _adapters_pb2.PullAdapterResponse]
     """Streams the files of a revision or checkpoint: for each file a header, then its chunks."""
     PushAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.PushAdapterRequest, _adapters_pb2.PushAdapterResponse]
@@ -69,6 +75,12 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Returns one checkpoint. Errors: ADAPTER_NOT_FOUND."""
     DeleteCheckpoint: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteCheckpointRequest, _adapters_pb2.DeleteCheckpointResponse]  # type: ignore[assignment]
     """Deletes one checkpoint. Errors: ADAPTER_NOT_FOUND."""
+    SetAdapterTtl: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAdapterTtlRequest, _adapters_pb2.SetAdapterTtlResponse]  # type: ignore[assignment]
+    """Sets when a revision or checkpoint goes by itself. Errors: ADAPTER_NOT_FOUND, BAD_VALUE."""
+    CopyAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.CopyAdapterRequest, _adapters_pb2.CopyAdapterResponse]  # type: ignore[assignment]
+    """Saves a revision or checkpoint once more under another run of the same tenant; no bytes are copied.
+    Errors: ADAPTER_NOT_FOUND, RUN_NOT_FOUND, INCOMPATIBLE_ADAPTER, ADAPTER_EXISTS, QUOTA_EXCEEDED.
+    """
     PullAdapter: _aio.UnaryStreamMultiCallable[_adapters_pb2.PullAdapterRequest, _adapters_pb2.PullAdapterResponse]  # type: ignore[assignment]
     """Streams the files of a revision or checkpoint: for each file a header, then its chunks."""
     PushAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.PushAdapterRequest, _adapters_pb2.PushAdapterResponse]  # type: ignore[assignment]
@@ -126,6 +138,24 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.DeleteCheckpointResponse, _abc.Awaitable[_adapters_pb2.DeleteCheckpointResponse]]:
         """Deletes one checkpoint. Errors: ADAPTER_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def SetAdapterTtl(
+        self,
+        request: _adapters_pb2.SetAdapterTtlRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.SetAdapterTtlResponse, _abc.Awaitable[_adapters_pb2.SetAdapterTtlResponse]]:
+        """Sets when a revision or checkpoint goes by itself. Errors: ADAPTER_NOT_FOUND, BAD_VALUE."""
+
+    @_abc_1.abstractmethod
+    def CopyAdapter(
+        self,
+        request: _adapters_pb2.CopyAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.CopyAdapterResponse, _abc.Awaitable[_adapters_pb2.CopyAdapterResponse]]:
+        """Saves a revision or checkpoint once more under another run of the same tenant; no bytes are copied.
+        Errors: ADAPTER_NOT_FOUND, RUN_NOT_FOUND, INCOMPATIBLE_ADAPTER, ADAPTER_EXISTS, QUOTA_EXCEEDED.
+        """
 
     @_abc_1.abstractmethod
     def PullAdapter(

@@ -72,7 +72,7 @@ class Divergence(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., recorded_digest: _Optional[bytes] = ..., replayed_digest: _Optional[bytes] = ..., message: _Optional[str] = ..., found: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class CreateRunRequest(_message.Message):
-    __slots__ = ("base", "lora", "request_id", "metadata", "from_adapter")
+    __slots__ = ("base", "lora", "request_id", "metadata", "from_adapter", "run_id")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -85,12 +85,14 @@ class CreateRunRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     FROM_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     base: str
     lora: _types_pb2.LoraConfig
     request_id: str
     metadata: _containers.ScalarMap[str, str]
     from_adapter: str
-    def __init__(self, base: _Optional[str] = ..., lora: _Optional[_Union[_types_pb2.LoraConfig, _Mapping]] = ..., request_id: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., from_adapter: _Optional[str] = ...) -> None: ...
+    run_id: str
+    def __init__(self, base: _Optional[str] = ..., lora: _Optional[_Union[_types_pb2.LoraConfig, _Mapping]] = ..., request_id: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., from_adapter: _Optional[str] = ..., run_id: _Optional[str] = ...) -> None: ...
 
 class CreateRunResponse(_message.Message):
     __slots__ = ("run", "replayed")
@@ -139,11 +141,12 @@ class DeleteRunResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Operation(_message.Message):
-    __slots__ = ("seq", "digest", "queue_timeout", "group_seq", "forward", "forward_backward", "optim_step", "save_state", "load_state", "save_weights_for_sampler", "barrier")
+    __slots__ = ("seq", "digest", "queue_timeout", "group_seq", "refused", "forward", "forward_backward", "optim_step", "save_state", "load_state", "save_weights_for_sampler", "barrier")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     GROUP_SEQ_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     FORWARD_BACKWARD_FIELD_NUMBER: _ClassVar[int]
     OPTIM_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +158,7 @@ class Operation(_message.Message):
     digest: int
     queue_timeout: _duration_pb2.Duration
     group_seq: int
+    refused: _types_pb2.OperationError
     forward: Forward
     forward_backward: ForwardBackward
     optim_step: OptimStep
@@ -162,7 +166,7 @@ class Operation(_message.Message):
     load_state: LoadState
     save_weights_for_sampler: SaveWeightsForSampler
     barrier: Barrier
-    def __init__(self, seq: _Optional[int] = ..., digest: _Optional[int] = ..., queue_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., group_seq: _Optional[int] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., forward_backward: _Optional[_Union[ForwardBackward, _Mapping]] = ..., optim_step: _Optional[_Union[OptimStep, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., save_weights_for_sampler: _Optional[_Union[SaveWeightsForSampler, _Mapping]] = ..., barrier: _Optional[_Union[Barrier, _Mapping]] = ...) -> None: ...
+    def __init__(self, seq: _Optional[int] = ..., digest: _Optional[int] = ..., queue_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., group_seq: _Optional[int] = ..., refused: _Optional[_Union[_types_pb2.OperationError, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., forward_backward: _Optional[_Union[ForwardBackward, _Mapping]] = ..., optim_step: _Optional[_Union[OptimStep, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., save_weights_for_sampler: _Optional[_Union[SaveWeightsForSampler, _Mapping]] = ..., barrier: _Optional[_Union[Barrier, _Mapping]] = ...) -> None: ...
 
 class Forward(_message.Message):
     __slots__ = ("batch", "loss_fn")
@@ -202,10 +206,23 @@ class OptimStep(_message.Message):
     def __init__(self, adam: _Optional[_Union[_types_pb2.AdamParams, _Mapping]] = ...) -> None: ...
 
 class SaveState(_message.Message):
-    __slots__ = ("checkpoint_id",)
+    __slots__ = ("checkpoint_id", "ttl", "overwrite", "metadata")
+    class MetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
+    OVERWRITE_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
     checkpoint_id: str
-    def __init__(self, checkpoint_id: _Optional[str] = ...) -> None: ...
+    ttl: _duration_pb2.Duration
+    overwrite: bool
+    metadata: _containers.ScalarMap[str, str]
+    def __init__(self, checkpoint_id: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., overwrite: bool = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class LoadState(_message.Message):
     __slots__ = ("adapter", "with_optimizer")
@@ -216,10 +233,21 @@ class LoadState(_message.Message):
     def __init__(self, adapter: _Optional[str] = ..., with_optimizer: bool = ...) -> None: ...
 
 class SaveWeightsForSampler(_message.Message):
-    __slots__ = ("revision_id",)
+    __slots__ = ("revision_id", "ttl", "metadata")
+    class MetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     REVISION_ID_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
     revision_id: str
-    def __init__(self, revision_id: _Optional[str] = ...) -> None: ...
+    ttl: _duration_pb2.Duration
+    metadata: _containers.ScalarMap[str, str]
+    def __init__(self, revision_id: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Barrier(_message.Message):
     __slots__ = ()

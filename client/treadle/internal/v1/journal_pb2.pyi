@@ -310,16 +310,18 @@ class RecoverRunResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[RecoveryHeader, _Mapping]] = ..., operation: _Optional[_Union[JournaledOperation, _Mapping]] = ...) -> None: ...
 
 class RecordAdapterRequest(_message.Message):
-    __slots__ = ("run", "epoch", "adapter", "seq")
+    __slots__ = ("run", "epoch", "adapter", "seq", "overwrite")
     RUN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
+    OVERWRITE_FIELD_NUMBER: _ClassVar[int]
     run: str
     epoch: int
     adapter: _adapters_pb2.Adapter
     seq: int
-    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., adapter: _Optional[_Union[_adapters_pb2.Adapter, _Mapping]] = ..., seq: _Optional[int] = ...) -> None: ...
+    overwrite: bool
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., adapter: _Optional[_Union[_adapters_pb2.Adapter, _Mapping]] = ..., seq: _Optional[int] = ..., overwrite: bool = ...) -> None: ...
 
 class RecordAdapterResponse(_message.Message):
     __slots__ = ()
