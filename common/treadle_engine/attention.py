@@ -20,14 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from treadle_engine.attention_cpu import packed_causal
 from treadle_engine.errors import EngineError
 
 IMPLEMENTATION = "treadle"
 """Name under which the packed attention is registered with transformers."""
-
-# torch's fused kernels for CPUs. Asked directly, a sequence costs no autograd graph and no copy of shared key heads.
-_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 class AttentionPlan(Protocol):
@@ -114,8 +111,7 @@ class PackedCausal:
         lengths = self._lengths
         unlimited = window is None or window >= max(lengths)
         if self._device.type == "cpu" and unlimited and q_THd.shape[2] == v_TGd.shape[2]:
-            o_THd: Tensor = _FusedCausal.apply(q_THd, k_TGd, v_TGd, lengths, scale)  # type: ignore[no-untyped-call]
-            return o_THd
+            return packed_causal(q_THd, k_TGd, v_TGd, lengths, scale)
         streams = (torch.split(stream, list(lengths)) for stream in (q_THd, k_TGd, v_TGd))
         return torch.cat([_causal(q, k, v, scale, window) for q, k, v in zip(*streams, strict=True)])
 
@@ -142,54 +138,6 @@ class PackedCausal:
         )
         assert isinstance(o_THd, Tensor)  # no auxiliary output was asked for
         return o_THd
-
-
-class _FusedCausal(torch.autograd.Function):
-    """Causal attention of every sequence of the stream as one node, by one fused call per sequence each way."""
-
-    @staticmethod
-    def forward(ctx: Any, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-        saved: list[Tensor] = []
-        parts: list[Tensor] = []
-        for q, k, v in _sequences(q_THd, k_TGd, v_TGd, lengths):
-            o_SGLd, sum_SGL = _FUSED(q, k, v, 0.0, True, scale=scale)
-            saved += [q, k, v, o_SGLd, sum_SGL]
-            parts.append(o_SGLd.permute(2, 1, 0, 3).flatten(1, 2))
-        ctx.save_for_backward(*saved)
-        ctx.lengths, ctx.scale, ctx.groups = lengths, scale, k_TGd.shape[1]
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        g_THd, saved = grad_outputs[0], ctx.saved_tensors
-        gq_THd = torch.empty_like(g_THd, memory_format=torch.contiguous_format)
-        gk_TGd, gv_TGd = (g_THd.new_empty(g_THd.shape[0], ctx.groups, g_THd.shape[2]) for _ in range(2))
-        places = zip(*(torch.split(total, ctx.lengths) for total in (g_THd, gq_THd, gk_TGd, gv_TGd)), strict=True)
-        for index, (g_LHd, gq_LHd, gk_LGd, gv_LGd) in enumerate(places):
-            q, k, v, o_SGLd, sum_SGL = saved[5 * index : 5 * index + 5]
-            g_SGLd = _by_group(g_LHd, ctx.groups)
-            gq, gk, gv = _FUSED_BACKWARD(g_SGLd, q, k, v, o_SGLd, sum_SGL, 0.0, True, scale=ctx.scale)
-            _by_group(gq_LHd, ctx.groups).copy_(gq)
-            torch.sum(gk, 0, out=gk_LGd.transpose(0, 1))
-            torch.sum(gv, 0, out=gv_LGd.transpose(0, 1))
-        return gq_THd, gk_TGd, gv_TGd, None, None
-
-
-def _sequences(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, lengths: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield views [S, G, L, d] of each sequence: query heads that share a key head lie in the kernel's batch."""
-    groups = k_TGd.shape[1]
-    shared = q_THd.shape[1] // groups
-    for q, k, v in zip(*(torch.split(stream, list(lengths)) for stream in (q_THd, k_TGd, v_TGd)), strict=True):
-        keys, values = (x_LGd.transpose(0, 1).expand(shared, -1, -1, -1) for x_LGd in (k, v))
-        yield _by_group(q, groups), keys, values
-
-
-def _by_group(x_LHd: Tensor, groups: int) -> Tensor:
-    """View [L, H, d] as [S, G, L, d]."""
-    length, heads, width = x_LHd.shape
-    return x_LHd.view(length, groups, heads // groups, width).permute(2, 1, 0, 3)
 
 
 def _causal(q_LHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, scale: float, window: int | None) -> Tensor:

@@ -36,7 +36,7 @@ from treadle_trainer.settings import TrainerSettings
 from treadle_trainer.snapshots import Snapshots
 from treadle_trainer.trace import PassTrace
 
-_HAND_OVER_SECONDS: Final = 60.0
+HAND_OVER_SECONDS: Final = 60.0
 _HOUSEKEEPING_SECONDS: Final = 1.0
 _ASKED_AT_ONCE: Final = 1000
 log = get_logger(__name__)
@@ -226,7 +226,7 @@ class Trainer:
         resident.draining = True
         resident.announce()
         try:
-            async with asyncio.timeout(_HAND_OVER_SECONDS):
+            async with asyncio.timeout(HAND_OVER_SECONDS):
                 await resident.wait_until(lambda: not resident.busy)
                 if resident.order.boundary_seq > resident.snapshot_seq:
                     await self.snapshots.request(resident)
