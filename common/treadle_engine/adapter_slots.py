@@ -46,8 +46,16 @@ class _Tenancy:
 class _Bank:
     """Adapters of one padded rank and one scale; slot s is row s of every stack."""
 
-    def __init__(self, groups: Sequence[tuple[LoraSite, ...]], rank: int, scale: float) -> None:
+    def __init__(
+        self,
+        groups: Sequence[tuple[LoraSite, ...]],
+        rank: int,
+        scale: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.rank, self.scale = rank, scale
+        self._dtype, self._device = dtype, device
         self._groups = groups
         self._slots: list[_Tenancy] = []
         self._a_SLI: dict[int, Tensor] = {}
@@ -90,20 +98,19 @@ class _Bank:
             present = [block for block in blocks if block is not None]
             if not present and number not in self._a_SLI:
                 continue
-            like = present[0].a_SI if present else self._a_SLI[number]
-            a_LI = self._row(self._a_SLI, number, slot, (self.rank * len(group), group[0].in_features), like)
+            a_LI = self._row(self._a_SLI, number, slot, (self.rank * len(group), group[0].in_features))
             for place, (site, block) in enumerate(zip(group, blocks, strict=True)):
-                bt_RO = self._row(self._bt_SRO, site.index, slot, (self.rank, site.out_features), like)
+                bt_RO = self._row(self._bt_SRO, site.index, slot, (self.rank, site.out_features))
                 if block is not None:
                     a_LI[place * self.rank : place * self.rank + block.a_SI.shape[0]] = block.a_SI
                     bt_RO[: block.a_SI.shape[0]] = block.bt_ROs[0]
 
-    def _row(self, stacks: dict[int, Tensor], key: int, slot: int, shape: tuple[int, int], like: Tensor) -> Tensor:
+    def _row(self, stacks: dict[int, Tensor], key: int, slot: int, shape: tuple[int, int]) -> Tensor:
         """Return row `slot` of a stack, zeroed; the stack grows by half when it has no such row."""
         stack = stacks.get(key)
         if stack is None or stack.shape[0] <= slot:
             rows = max(4, slot + 1 + slot // 2)
-            grown = torch.zeros(rows, *shape, dtype=like.dtype, device=like.device)
+            grown = torch.zeros(rows, *shape, dtype=self._dtype, device=self._device)
             if stack is not None:
                 grown[: stack.shape[0]] = stack
             stacks[key] = stack = grown
@@ -199,15 +206,17 @@ class StepAdapters(list[Segment]):
 class AdapterSlots:
     """All banks of one base; owned by the thread that owns the base."""
 
-    def __init__(self, sites: Sequence[LoraSite], device: torch.device, block_rows: int, large_rows: int) -> None:
-        """Hold nothing yet; segments of `large_rows` rows and more get products of their own."""
+    def __init__(
+        self, sites: Sequence[LoraSite], dtype: torch.dtype, device: torch.device, block_rows: int, large_rows: int
+    ) -> None:
+        """Hold nothing yet; segments of `large_rows` rows and more get products of their own, all in `dtype`."""
         self._groups = group_sites(sites)
         self._places = {
             site.index: (number, place)
             for number, group in enumerate(self._groups)
             for place, site in enumerate(group)
         }  # fmt: skip
-        self._device = device
+        self._dtype, self._device = dtype, device
         self._block_rows, self._large_rows = block_rows, large_rows
         self._banks: dict[tuple[int, float], _Bank] = {}
         self._step = 0
@@ -226,7 +235,7 @@ class AdapterSlots:
                 continue
             key = (padded_rank(weights.config.rank), weights.scale)
             if key not in self._banks:
-                self._banks[key] = _Bank(self._groups, *key)
+                self._banks[key] = _Bank(self._groups, *key, self._dtype, self._device)
             rows = found.setdefault(key, _BankRows(self._banks[key]))
             slot = rows.bank.slot_of(weights, self._step)
             if segment.stop - segment.start >= self._large_rows:

@@ -51,7 +51,7 @@ class DecodeBase(BaseModel):
             model.set_submodule(site.module_name, self.linears[index])
         self._unembed = self.linears[-1]
         self.block_rows = smallest_block(self)
-        self._slots = AdapterSlots(self.sites, self.device, self.block_rows, ROW_MULTIPLE)
+        self._slots = AdapterSlots(self.sites, self.dtype, self.device, self.block_rows, ROW_MULTIPLE)
 
     def adapters(self, segments: Sequence[Segment]) -> StepAdapters:
         """Return the segments with their adapters in slots, for the calls of one step."""

@@ -22,7 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle_engine.errors import EngineError
-from treadle_engine.lora_products import Block, add_gradients, add_lora, add_to_input_gradient, low_gradient
+from treadle_engine.lora_products import (
+    Block,
+    add_gradients,
+    add_lora,
+    add_to_input_gradient,
+    low_gradient,
+    product_dtype,
+)
 from treadle_engine.quantize import PackedLinear, PackedWeight
 
 SiteKind = Literal["attn", "mlp", "unembed"]
@@ -159,7 +166,7 @@ class FlatViews:
 
 
 class AdapterWeights:
-    """One adapter's weights: flat float32 master, views per site, and a copy in the base's dtype if that differs."""
+    """One adapter's weights: flat float32 master, views per site, and a copy in the products' dtype if that differs."""
 
     def __init__(self, base: AdapterBase, config: LoraConfig, flat: Tensor | None = None) -> None:
         """Take over `flat` (float32, the layout's length) or start from zeros."""
@@ -171,7 +178,8 @@ class AdapterWeights:
         if flat.shape != (self.layout.num_elements,) or flat.dtype != torch.float32:
             raise EngineError("INCOMPATIBLE_ADAPTER", f"expected {self.layout.num_elements} float32 values")
         self.flat = flat
-        self._shadow = flat if base.dtype == torch.float32 else flat.to(base.dtype)
+        dtype = product_dtype(base.dtype, base.device)
+        self._shadow = flat if dtype == torch.float32 else flat.to(dtype)
         self.views = FlatViews(self.layout, self._shadow)
         self.pairs = self.layout.pairs(self._shadow)
         self._gradient_views: FlatViews | None = None
@@ -257,13 +265,13 @@ class Segment:
     grads: Tensor | None = None
 
     def pair(self, site: int) -> Pair | None:
-        """Return (A, B) in compute dtype at a site, None where this segment is the plain base."""
+        """Return (A, B) in the products' dtype at a site, None where this segment is the plain base."""
         if self.weights is None or site >= len(self.weights.pairs):
             return None
         return self.weights.pairs[site]
 
     def block(self, first: int, count: int) -> Block | None:
-        """Return the weights of `count` neighbouring sites in compute dtype, None where this is the plain base."""
+        """Return the weights of `count` neighbouring sites, None where this is the plain base."""
         return None if self.weights is None else self.weights.views.block(first, count)
 
     def gradient_block(self, first: int, count: int) -> Block | None:
@@ -313,6 +321,7 @@ class SegmentedLinear(nn.Linear):
         """Return y_MO of each linear of one group, which share their input, and each segment's low_SN."""
         ys = [F.linear(x_MI, linear.frozen_weight(), linear.bias) for linear in linears]
         lows: list[Tensor | None] = []
+        (x_MI,) = _for_products(segments, (x_MI,))
         for segment in segments:
             block = segment.block(linears[0].site, len(linears))
             if block is None or segment.weights is None:
@@ -350,6 +359,7 @@ class SegmentedLinear(nn.Linear):
                 weight_OI = linear.frozen_weight()
                 g_MI = g_MO.mm(weight_OI) if g_MI is None else g_MI.addmm_(g_MO, weight_OI)
         first, count = linears[0].site, len(linears)
+        x_MI, *gradients = _for_products(segments, (x_MI, *gradients))
         for segment, low_SN in zip(segments, lows, strict=True):
             block, total = segment.block(first, count), segment.gradient_block(first, count)
             if low_SN is None or block is None or segment.weights is None or (g_MI is None and total is None):
@@ -382,6 +392,14 @@ class _SegmentedLora(torch.autograd.Function):
         need_input: bool = ctx.needs_input_grad[0]
         g_MO = grad_outputs[0].contiguous()
         return ctx.linear.project_backward(g_MO, x_MI, ctx.lows, ctx.segments, need_input), None, None
+
+
+def _for_products(segments: Sequence[Segment], streams: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the streams in the dtype that LoRA's products take; untouched where nobody has LoRA."""
+    if all(segment.weights is None for segment in segments):
+        return streams
+    dtype = product_dtype(streams[0].dtype, streams[0].device)
+    return [stream_MI.to(dtype) for stream_MI in streams]
 
 
 def _aligned(offset: int) -> int:

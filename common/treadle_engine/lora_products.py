@@ -20,6 +20,15 @@ from torch import Tensor
 _MIN_STACKED_RANK = 4
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of LoRA's products over a base that computes in `dtype`.
+
+    On a CPU it is float32, as in PEFT: thin products in bfloat16 take several times as long there, because every call
+    sets up its kernel, and are no faster before they are hundreds of rows by dozens of ranks.
+    """
+    return torch.float32 if device.type == "cpu" else dtype
+
+
 class Block(NamedTuple):
     """A of some sites that share their input, one below the other, and each one's B transposed (or their gradients)."""
 
@@ -31,7 +40,7 @@ def add_lora(block: Block, x_NI: Tensor, ys: Sequence[Tensor], scale: float) -> 
     """Add scale * B A x to each y_NO in place; return low_SN = A x^T."""
     low_SN = down(block, x_NI)
     for bt_RO, low_RN, y_NO in zip(block.bt_ROs, _by_site(low_SN, block), ys, strict=True):
-        y_NO.addmm_(low_RN.t(), bt_RO, alpha=scale)
+        _add_product(y_NO, low_RN.t(), bt_RO, scale)
     return low_SN
 
 
@@ -54,7 +63,7 @@ def low_gradient(block: Block, gradients: Sequence[Tensor]) -> Tensor:
 
 def add_to_input_gradient(block: Block, g_SN: Tensor, total_NI: Tensor, scale: float) -> None:
     """Add scale * g A to the gradient of the shared input."""
-    total_NI.addmm_(g_SN.t(), block.a_SI, alpha=scale)
+    _add_product(total_NI, g_SN.t(), block.a_SI, scale)
 
 
 def add_gradients(
@@ -70,11 +79,17 @@ def _by_site(stacked_SN: Tensor, block: Block) -> Sequence[Tensor]:
     return (stacked_SN,) if len(block.bt_ROs) == 1 else stacked_SN.chunk(len(block.bt_ROs))
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Add scale * left right to `total`, rounding to its dtype once."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=scale)
+    else:
+        total.add_(left.mm(right), alpha=scale)
+
+
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """Add scale * left right to the float32 `total`; the product itself is float32 whatever the inputs are."""
     if left.dtype == torch.float32:
         total.addmm_(left, right, alpha=scale)
-    elif left.is_cuda:
-        total.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=scale)
     else:
-        total.addmm_(left.float(), right.float(), alpha=scale)
+        total.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=scale)
