@@ -6,7 +6,7 @@ stay those of the compute dtype, so a row's result does not depend on its neighb
 """
 
 # Shape suffix legend
-#   O / I = out / in features
+#   O / I = out / in features, B64 = blocks of 64 values
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import math
 from typing import Final, Literal, Protocol, cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle_engine.errors import EngineError
@@ -86,7 +87,10 @@ class Nf4Weight:
         """Pack a float weight and put the result on `device`."""
         from bitsandbytes import functional
 
-        packed, state = functional.quantize_4bit(weight_OI.contiguous(), blocksize=_NF4_BLOCK, quant_type="nf4")
+        # Rows of one block each: the library's AVX-512 kernel takes wrong scales where a block spans two rows.
+        blocks_B64 = F.pad(weight_OI.reshape(-1), (0, -weight_OI.numel() % _NF4_BLOCK)).view(-1, _NF4_BLOCK)
+        packed, state = functional.quantize_4bit(blocks_B64, blocksize=_NF4_BLOCK, quant_type="nf4")
+        self._shape = weight_OI.shape
         self._packed: Tensor = packed.to(device)
         self._state = state
         state.to(device)  # type: ignore[no-untyped-call]
@@ -99,7 +103,8 @@ class Nf4Weight:
 
     def unpack(self) -> Tensor:
         """Return W [O, I]: each value's level times its block's scale."""
-        return self._dequantize(self._packed, self._state)
+        values = self._dequantize(self._packed, self._state).view(-1)
+        return values[: self._shape.numel()].view(self._shape)
 
 
 class PackedLinear(nn.Linear):
