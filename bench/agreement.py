@@ -71,6 +71,7 @@ def both(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Returns the sampler's and the trainer's log-probs of the same drawn tokens."""
     base = DecodeBase.load(folder, dtype=dtype)
+    base.prepack()
     (weights,) = make_adapters(base, 1)
     rng = np.random.default_rng(0)
     decoder = Decoder(base)

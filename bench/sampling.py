@@ -49,6 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--without", nargs="+", choices=("sequential", "continuous"), default=(), help="sides left out")
+    parser.add_argument("--no-prepack", action="store_true", help="decode over the weights as they were loaded")
     parser.add_argument("--vllm", metavar="PYTHON", default="", help="an interpreter that has vLLM, to add its side")
 
 
@@ -57,6 +58,8 @@ def run(options: argparse.Namespace) -> list[Row]:
     settle(1)
     folder, name = resolve(options.base, Path.home() / ".cache/treadle", "float32")
     base = DecodeBase.load(folder, name=name, dtype=options.dtype)
+    if not options.no_prepack:
+        base.prepack()
     parts: dict[str, Callable[[], list[Row]]] = {
         "throughput": lambda: _throughput(base, folder, options),
         "group": lambda: _group(base, options),

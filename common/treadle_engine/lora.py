@@ -309,6 +309,10 @@ class SegmentedLinear(nn.Linear):
         """Return W [O, I] in compute dtype; valid until any linear of the base is asked again."""
         return self.weight if self.packed is None else self.packed.unpack()
 
+    def base_product(self, x_MI: Tensor) -> Tensor:
+        """Return W x + b of the frozen linear, [M, O]."""
+        return F.linear(x_MI, self.frozen_weight(), self.bias)
+
     def project(self, x_MI: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Tensor | None]]:
         """Return y_MO and each segment's A x^T [R, N] (None where it has no LoRA here)."""
         (y_MO,), lows = self.project_group((self,), x_MI, segments)
@@ -319,7 +323,7 @@ class SegmentedLinear(nn.Linear):
         cls, linears: Sequence[SegmentedLinear], x_MI: Tensor, segments: Sequence[Segment]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Return y_MO of each linear of one group, which share their input, and each segment's low_SN."""
-        ys = [F.linear(x_MI, linear.frozen_weight(), linear.bias) for linear in linears]
+        ys = [linear.base_product(x_MI) for linear in linears]
         lows: list[Tensor | None] = []
         (x_MI,) = _for_products(segments, (x_MI,))
         for segment in segments:

@@ -77,6 +77,8 @@ def _loader(settings: SamplerSettings) -> Callable[[], tuple[DecodeBase, Decoder
             device=settings.device,
             quantize=settings.quantize,
         )
+        if settings.prepack:
+            base.prepack()
         decoder = Decoder(
             base,
             load_detokenizer(path),

@@ -27,8 +27,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def base() -> DecodeBase:
-    """Pip, ready to decode."""
-    return DecodeBase.load(str(pip_folder()), name=PIP_NAME, dtype="float32")
+    """Pip, ready to decode, as a sampler loads it."""
+    base = DecodeBase.load(str(pip_folder()), name=PIP_NAME, dtype="float32")
+    base.prepack()
+    return base
 
 
 @pytest.fixture(scope="session")

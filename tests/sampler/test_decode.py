@@ -49,6 +49,20 @@ def test_greedy_equals_transformers(hub_model: PreTrainedModel, decoder: Decoder
         assert outcome.tokens[0] == generate(hub_model, prompt, 40)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepacked_weights_give_the_same_logits(dtype: torch.dtype) -> None:
+    """The copy in another layout is the same matrix; and every linear has one, where this machine has the layout."""
+    base = DecodeBase.load(str(pip_folder()), dtype=str(dtype).removeprefix("torch."))
+    x_NI = torch.randn(40, base.info.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    plain_NV = base.logits(x_NI, base.adapters([]))
+    if not base.prepack():
+        pytest.skip("no oneDNN on this machine")
+    with torch.no_grad():
+        base.unembedding.weight.zero_()  # read no more, or the next line shows it
+        packed_NV = base.logits(x_NI, base.adapters([]))
+    assert (packed_NV - plain_NV).abs().max() <= (1e-4 if dtype == torch.float32 else 0.05) * plain_NV.abs().max()
+
+
 # PEFT warns that an adapter on a tied unembedding should not be merged.
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 def test_greedy_with_an_adapter_equals_peft(
@@ -92,16 +106,20 @@ def trainer_logprobs(tokens: np.ndarray, adapter: AdapterWeights) -> np.ndarray:
     return result.logprobs_TK
 
 
-def test_prompt_logprobs_are_the_trainers_bits(decoder: Decoder, adapters: list[AdapterWeights]) -> None:
-    """Scoring a text answers the numbers of a trainer's forward; decoding it agrees to rounding."""
+@pytest.mark.parametrize("prepack", [False, True])
+def test_prompt_logprobs_are_the_trainers_bits(adapters: list[AdapterWeights], prepack: bool) -> None:
+    """Scoring a text answers a trainer's forward, to the bit over the same layout; decoding it agrees to rounding."""
+    base = DecodeBase.load(str(pip_folder()), name=PIP_NAME, dtype="float32")
+    tolerance = 1e-5 if prepack and base.prepack() else 0.0
+    decoder = Decoder(base)
     prompt = make_prompt(140)
     params = SamplingParams(max_tokens=60, seed=9, ignore_eos=True)
     (drawn,) = run(decoder, [SampleRequest(prompt, params, adapters[0])])
     text = np.array([*prompt, *drawn.tokens[0]], dtype=np.int32)
     (scored,) = run(decoder, [SampleRequest(text, weights=adapters[0], num_samples=0)])
-    expected_T = trainer_logprobs(text, adapters[0])
+    expected_T = trainer_logprobs(text, adapters[0]).astype(np.float32)
     assert scored.prompt_logprobs_T is not None
-    assert scored.prompt_logprobs_T[1:].tobytes() == expected_T.astype(np.float32).tobytes()
+    np.testing.assert_allclose(scored.prompt_logprobs_T[1:], expected_T, atol=tolerance, rtol=0)
     np.testing.assert_allclose(drawn.logprobs[0], expected_T[139:], atol=2e-5)
 
 

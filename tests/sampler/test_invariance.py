@@ -49,6 +49,7 @@ def assert_same_bits(left: Outcome, right: Outcome) -> None:
 def test_company_changes_no_bit(dtype: str, quantize: str) -> None:
     """Each request alone, all at once, and joining at odd moments in another order: the same bits."""
     base = DecodeBase.load(str(pip_folder()), dtype=dtype, quantize=quantize)
+    base.prepack()
     adapters = []
     for seed, rank in ((1, 8), (2, 3), (3, 16), (4, 1)):
         weights = AdapterWeights.init(base, LoraConfig(rank=rank, seed=seed))

@@ -26,6 +26,7 @@ def free(max_tokens: int, seed: int = 1) -> SamplingParams:
 def test_a_kept_prefix_changes_no_bit(dtype: str) -> None:
     """Turns of a growing chat, with what was drawn in them, are found again and answer what a fresh decoder answers."""
     base = DecodeBase.load(str(pip_folder()), dtype=dtype)
+    base.prepack()
     weights = AdapterWeights.init(base, LoraConfig(rank=8, seed=1))
     weights.flat.add_(0.01)
     weights.refresh()
