@@ -15,7 +15,7 @@ from treadle_store.database import Database
 from treadle_store.pages import PageRequest
 from treadle_store.workers import WorkerRegistry
 
-LOSSES: Final = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
+LOSSES: Final = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce")
 MAX_FRAME_BYTES: Final = 2**20
 MAX_OPERATION_BYTES: Final = 32 * 2**20
 

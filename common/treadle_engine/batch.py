@@ -30,6 +30,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "cispo": _POLICY,
     "dro": _POLICY,
     "gspo": (*_POLICY, "sequence_ratio_mask"),
+    "stable_reinforce": _POLICY,
 }
 """Loss names and the columns that each cannot do without."""
 

@@ -30,6 +30,7 @@ DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "cispo": {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
     "dro": {"beta": 0.05},
     "gspo": _CLIP,
+    "stable_reinforce": {"clip_high_threshold": 2.0, "kl_coeff": 0.0},
 }
 """Configuration keys of each loss, with the value used when none is given."""
 
@@ -115,6 +116,19 @@ def _gspo(spec: LossSpec, logprobs: Tensor, columns: Columns, sequence_N: Tensor
     return _clipped(spec, ratio_N, columns)
 
 
+def _stable_reinforce(spec: LossSpec, logprobs: Tensor, columns: Columns, sequence_N: Tensor | None) -> Tensor:
+    """A stand-in for a loss whose formula is not published: see docs/losses.md."""
+    distance = logprobs - columns["logprobs"]
+    high = columns.get("clip_high_threshold")
+    high = distance.new_full((), spec.setting("clip_high_threshold")) if high is None else high
+    weight = torch.minimum(torch.exp(distance.detach()), high)
+    # Where nothing was sampled, as in a prompt, log-probs of the sampler are padding: there is no distance to hold.
+    mask = columns.get("sequence_ratio_mask")
+    sampled = (columns["advantages"] if mask is None else mask) != 0
+    kept = torch.where(sampled, distance, torch.zeros_like(distance))
+    return -weight * logprobs * columns["advantages"] + 0.5 * spec.setting("kl_coeff") * kept.square()
+
+
 def _clipped(spec: LossSpec, ratio: Tensor, columns: Columns) -> Tensor:
     advantages = columns["advantages"]
     return -torch.minimum(ratio * advantages, _clamp(spec, ratio, columns) * advantages)
@@ -136,4 +150,5 @@ _LOSSES: Mapping[str, Callable[[LossSpec, Tensor, Columns, Tensor | None], Tenso
     "cispo": _cispo,
     "dro": _dro,
     "gspo": _gspo,
+    "stable_reinforce": _stable_reinforce,
 }

@@ -18,7 +18,7 @@ from treadle_engine.losses import LossSpec
 from treadle_engine.optim import AdamParams, TrainState, optim_step
 from treadle_engine.passes import Chunk, ChunkResult, TrainingEngine
 
-LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
+LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce")
 BASES = ("pip-float32", "pip-bfloat16", "llama-float32", "llama-bfloat16", "qwen3-float32", "gemma-float32")
 QUANTIZED = ("pip-float32-int8", "pip-float32-nf4", "llama-bfloat16-int8", "gemma-float32-nf4")
 

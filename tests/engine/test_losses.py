@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -31,7 +33,7 @@ def test_on_policy_ratio_losses_share_the_policy_gradient() -> None:
     """Where trainer and sampler agree, IS, PPO, CISPO and DRO all have gradient -advantage."""
     logprobs, given = columns()
     given["logprobs"] = logprobs.clone()
-    for name in ("importance_sampling", "ppo", "cispo", "dro"):
+    for name in ("importance_sampling", "ppo", "cispo", "dro", "stable_reinforce"):
         torch.testing.assert_close(evaluate(LossSpec(name), logprobs, given).gradient, -given["advantages"])
 
 
@@ -65,6 +67,30 @@ def test_gspo_uses_one_ratio_per_sequence() -> None:
     distance = logprobs - given["logprobs"]
     expected = torch.stack([distance[:2].mean(), distance[3:].mean()]).exp()
     torch.testing.assert_close(-values, expected[sequence])
+
+
+def test_stable_reinforce_is_its_formula() -> None:
+    """Truncated weights and the k2 penalty where tokens were sampled, written out in float64."""
+    logprobs, given = columns()
+    spec = LossSpec("stable_reinforce", {"kl_coeff": 0.3, "clip_high_threshold": 1.5})
+    for mask in (None, torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0])):
+        chosen = given if mask is None else given | {"sequence_ratio_mask": mask}
+        result = evaluate(spec, logprobs, chosen)
+        for n in range(6):
+            d = float(logprobs[n].double() - given["logprobs"][n].double())
+            a, inside = float(given["advantages"][n]), 1.0 if mask is None else float(mask[n])
+            weight = min(math.exp(d), 1.5)
+            assert result.values[n].item() == pytest.approx(
+                -weight * a * float(logprobs[n]) + 0.15 * inside * d * d, rel=1e-5
+            )
+            assert result.gradient[n].item() == pytest.approx(-weight * a + 0.3 * inside * d, rel=1e-5)
+
+
+def test_stable_reinforce_holds_no_distance_where_the_sampler_said_nothing() -> None:
+    """Padding of a prompt costs nothing, whatever its log-prob is."""
+    given = {"logprobs": torch.zeros(2), "advantages": torch.tensor([0.0, 1.0])}
+    result = evaluate(LossSpec("stable_reinforce", {"kl_coeff": 1.0}), torch.tensor([-30.0, 0.0]), given)
+    assert result.gradient.tolist() == [0.0, -1.0]
 
 
 @pytest.mark.parametrize(

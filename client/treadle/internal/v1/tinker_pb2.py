@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n treadle/internal/v1/tinker.proto\x12\x13treadle.internal.v1\"\xee\x03\n\x1cTinkerForwardBackwardRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\x12.\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32 .treadle.internal.v1.TinkerDatum\x12\x0f\n\x07loss_fn\x18\x04 \x01(\t\x12[\n\x0eloss_fn_config\x18\x05 \x03(\x0b\x32\x43.treadle.internal.v1.TinkerForwardBackwardRequest.LossFnConfigEntry\x12\x14\n\x0c\x66orward_only\x18\x06 \x01(\x08\x12`\n\x11loss_fn_config_v2\x18\x07 \x03(\x0b\x32\x45.treadle.internal.v1.TinkerForwardBackwardRequest.LossFnConfigV2Entry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x61\n\x13LossFnConfigV2Entry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x39\n\x05value\x18\x02 \x01(\x0b\x32*.treadle.internal.v1.TinkerLossConfigValue:\x02\x38\x01\"B\n\x15TinkerLossConfigValue\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05value\"\xe8\x01\n\x0bTinkerDatum\x12\x35\n\x0bmodel_input\x18\x01 \x03(\x0b\x32 .treadle.internal.v1.TinkerChunk\x12J\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32\x32.treadle.internal.v1.TinkerDatum.LossFnInputsEntry\x1aV\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x05value\x18\x02 \x01(\x0b\x32!.treadle.internal.v1.TinkerTensor:\x02\x38\x01\"u\n\x0bTinkerChunk\x12<\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32$.treadle.internal.v1.TinkerTextChunkH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12\x0e\n\x04\x64mel\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05\x63hunk\"!\n\x0fTinkerTextChunk\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\"\x85\x01\n\x0cTinkerTensor\x12\x0f\n\x05\x64\x65nse\x18\x01 \x01(\x0cH\x00\x12:\n\nsparse_csr\x18\x02 \x01(\x0b\x32$.treadle.internal.v1.TinkerSparseCsrH\x00\x12\r\n\x05\x64type\x18\x03 \x01(\x05\x12\r\n\x05shape\x18\x04 \x03(\x03\x42\n\n\x08\x65ncoding\"L\n\x0fTinkerSparseCsr\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63row_indices\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63ol_indices\x18\x03 \x01(\x0c\"\xfb\x01\n\x1bTinkerForwardBackwardOutput\x12\x1b\n\x13loss_fn_output_type\x18\x01 \x01(\t\x12?\n\x0floss_fn_outputs\x18\x02 \x03(\x0b\x32&.treadle.internal.v1.TinkerArrayRecord\x12N\n\x07metrics\x18\x03 \x03(\x0b\x32=.treadle.internal.v1.TinkerForwardBackwardOutput.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xd6\x01\n\x11TinkerArrayRecord\x12\x10\n\x08type_tag\x18\x01 \x01(\t\x12\x42\n\x06\x66ields\x18\x02 \x03(\x0b\x32\x32.treadle.internal.v1.TinkerArrayRecord.FieldsEntry\x12\x12\n\nnum_datums\x18\x03 \x01(\x03\x1aW\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x37\n\x05value\x18\x02 \x01(\x0b\x32(.treadle.internal.v1.TinkerBatchedTensor:\x02\x38\x01\"[\n\x13TinkerBatchedTensor\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\x12\r\n\x05\x64type\x18\x03 \x01(\x05\x12\x16\n\x0etrailing_shape\x18\x04 \x03(\x03\"\xf0\x02\n\x14TinkerSampleResponse\x12=\n\tsequences\x18\x01 \x03(\x0b\x32*.treadle.internal.v1.TinkerSampledSequence\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x12J\n\x14topk_prompt_logprobs\x18\x03 \x01(\x0b\x32\'.treadle.internal.v1.TinkerTopkLogprobsH\x01\x88\x01\x01\x12\x1f\n\x17prompt_cache_hit_tokens\x18\x04 \x01(\x05\x12\x46\n\x16target_prompt_logprobs\x18\x05 \x01(\x0b\x32!.treadle.internal.v1.TinkerTensorH\x02\x88\x01\x01\x42\x12\n\x10_prompt_logprobsB\x17\n\x15_topk_prompt_logprobsB\x19\n\x17_target_prompt_logprobs\"\xc7\x01\n\x15TinkerSampledSequence\x12\x13\n\x0bstop_reason\x18\x01 \x01(\x05\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x15\n\x08logprobs\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x12K\n\x15topk_sampled_logprobs\x18\x04 \x01(\x0b\x32\'.treadle.internal.v1.TinkerTopkLogprobsH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x18\n\x16_topk_sampled_logprobs\"T\n\x12TinkerTopkLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x10\n\x08logprobs\x18\x02 \x01(\x0c\x12\t\n\x01k\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n treadle/internal/v1/tinker.proto\x12\x13treadle.internal.v1\"\xee\x03\n\x1cTinkerForwardBackwardRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\x12.\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32 .treadle.internal.v1.TinkerDatum\x12\x0f\n\x07loss_fn\x18\x04 \x01(\t\x12[\n\x0eloss_fn_config\x18\x05 \x03(\x0b\x32\x43.treadle.internal.v1.TinkerForwardBackwardRequest.LossFnConfigEntry\x12\x14\n\x0c\x66orward_only\x18\x06 \x01(\x08\x12`\n\x11loss_fn_config_v2\x18\x07 \x03(\x0b\x32\x45.treadle.internal.v1.TinkerForwardBackwardRequest.LossFnConfigV2Entry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x61\n\x13LossFnConfigV2Entry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x39\n\x05value\x18\x02 \x01(\x0b\x32*.treadle.internal.v1.TinkerLossConfigValue:\x02\x38\x01\"B\n\x15TinkerLossConfigValue\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05value\"\xa6\x02\n\x0bTinkerDatum\x12\x35\n\x0bmodel_input\x18\x01 \x03(\x0b\x32 .treadle.internal.v1.TinkerChunk\x12J\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32\x32.treadle.internal.v1.TinkerDatum.LossFnInputsEntry\x12<\n\x13loss_fn_input_spans\x18\x04 \x03(\x0b\x32\x1f.treadle.internal.v1.TinkerSpan\x1aV\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x05value\x18\x02 \x01(\x0b\x32!.treadle.internal.v1.TinkerTensor:\x02\x38\x01\"\x91\x01\n\nTinkerSpan\x12<\n\rprompt_tokens\x18\x01 \x01(\x0b\x32#.treadle.internal.v1.TinkerSpanPartH\x00\x12=\n\x0esampled_tokens\x18\x02 \x01(\x0b\x32#.treadle.internal.v1.TinkerSpanPartH\x00\x42\x06\n\x04span\"E\n\x0eTinkerSpanPart\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06length\x18\x03 \x01(\x03\"u\n\x0bTinkerChunk\x12<\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32$.treadle.internal.v1.TinkerTextChunkH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12\x0e\n\x04\x64mel\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05\x63hunk\"!\n\x0fTinkerTextChunk\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\"\x85\x01\n\x0cTinkerTensor\x12\x0f\n\x05\x64\x65nse\x18\x01 \x01(\x0cH\x00\x12:\n\nsparse_csr\x18\x02 \x01(\x0b\x32$.treadle.internal.v1.TinkerSparseCsrH\x00\x12\r\n\x05\x64type\x18\x03 \x01(\x05\x12\r\n\x05shape\x18\x04 \x03(\x03\x42\n\n\x08\x65ncoding\"L\n\x0fTinkerSparseCsr\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63row_indices\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63ol_indices\x18\x03 \x01(\x0c\"\xfb\x01\n\x1bTinkerForwardBackwardOutput\x12\x1b\n\x13loss_fn_output_type\x18\x01 \x01(\t\x12?\n\x0floss_fn_outputs\x18\x02 \x03(\x0b\x32&.treadle.internal.v1.TinkerArrayRecord\x12N\n\x07metrics\x18\x03 \x03(\x0b\x32=.treadle.internal.v1.TinkerForwardBackwardOutput.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xd6\x01\n\x11TinkerArrayRecord\x12\x10\n\x08type_tag\x18\x01 \x01(\t\x12\x42\n\x06\x66ields\x18\x02 \x03(\x0b\x32\x32.treadle.internal.v1.TinkerArrayRecord.FieldsEntry\x12\x12\n\nnum_datums\x18\x03 \x01(\x03\x1aW\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x37\n\x05value\x18\x02 \x01(\x0b\x32(.treadle.internal.v1.TinkerBatchedTensor:\x02\x38\x01\"[\n\x13TinkerBatchedTensor\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\x12\r\n\x05\x64type\x18\x03 \x01(\x05\x12\x16\n\x0etrailing_shape\x18\x04 \x03(\x03\"\xf0\x02\n\x14TinkerSampleResponse\x12=\n\tsequences\x18\x01 \x03(\x0b\x32*.treadle.internal.v1.TinkerSampledSequence\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x12J\n\x14topk_prompt_logprobs\x18\x03 \x01(\x0b\x32\'.treadle.internal.v1.TinkerTopkLogprobsH\x01\x88\x01\x01\x12\x1f\n\x17prompt_cache_hit_tokens\x18\x04 \x01(\x05\x12\x46\n\x16target_prompt_logprobs\x18\x05 \x01(\x0b\x32!.treadle.internal.v1.TinkerTensorH\x02\x88\x01\x01\x42\x12\n\x10_prompt_logprobsB\x17\n\x15_topk_prompt_logprobsB\x19\n\x17_target_prompt_logprobs\"\xc7\x01\n\x15TinkerSampledSequence\x12\x13\n\x0bstop_reason\x18\x01 \x01(\x05\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x15\n\x08logprobs\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x12K\n\x15topk_sampled_logprobs\x18\x04 \x01(\x0b\x32\'.treadle.internal.v1.TinkerTopkLogprobsH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x18\n\x16_topk_sampled_logprobs\"T\n\x12TinkerTopkLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x10\n\x08logprobs\x18\x02 \x01(\x0c\x12\t\n\x01k\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,31 +50,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TINKERLOSSCONFIGVALUE']._serialized_start=554
   _globals['_TINKERLOSSCONFIGVALUE']._serialized_end=620
   _globals['_TINKERDATUM']._serialized_start=623
-  _globals['_TINKERDATUM']._serialized_end=855
-  _globals['_TINKERDATUM_LOSSFNINPUTSENTRY']._serialized_start=769
-  _globals['_TINKERDATUM_LOSSFNINPUTSENTRY']._serialized_end=855
-  _globals['_TINKERCHUNK']._serialized_start=857
-  _globals['_TINKERCHUNK']._serialized_end=974
-  _globals['_TINKERTEXTCHUNK']._serialized_start=976
-  _globals['_TINKERTEXTCHUNK']._serialized_end=1009
-  _globals['_TINKERTENSOR']._serialized_start=1012
-  _globals['_TINKERTENSOR']._serialized_end=1145
-  _globals['_TINKERSPARSECSR']._serialized_start=1147
-  _globals['_TINKERSPARSECSR']._serialized_end=1223
-  _globals['_TINKERFORWARDBACKWARDOUTPUT']._serialized_start=1226
-  _globals['_TINKERFORWARDBACKWARDOUTPUT']._serialized_end=1477
-  _globals['_TINKERFORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_start=1431
-  _globals['_TINKERFORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_end=1477
-  _globals['_TINKERARRAYRECORD']._serialized_start=1480
-  _globals['_TINKERARRAYRECORD']._serialized_end=1694
-  _globals['_TINKERARRAYRECORD_FIELDSENTRY']._serialized_start=1607
-  _globals['_TINKERARRAYRECORD_FIELDSENTRY']._serialized_end=1694
-  _globals['_TINKERBATCHEDTENSOR']._serialized_start=1696
-  _globals['_TINKERBATCHEDTENSOR']._serialized_end=1787
-  _globals['_TINKERSAMPLERESPONSE']._serialized_start=1790
-  _globals['_TINKERSAMPLERESPONSE']._serialized_end=2158
-  _globals['_TINKERSAMPLEDSEQUENCE']._serialized_start=2161
-  _globals['_TINKERSAMPLEDSEQUENCE']._serialized_end=2360
-  _globals['_TINKERTOPKLOGPROBS']._serialized_start=2362
-  _globals['_TINKERTOPKLOGPROBS']._serialized_end=2446
+  _globals['_TINKERDATUM']._serialized_end=917
+  _globals['_TINKERDATUM_LOSSFNINPUTSENTRY']._serialized_start=831
+  _globals['_TINKERDATUM_LOSSFNINPUTSENTRY']._serialized_end=917
+  _globals['_TINKERSPAN']._serialized_start=920
+  _globals['_TINKERSPAN']._serialized_end=1065
+  _globals['_TINKERSPANPART']._serialized_start=1067
+  _globals['_TINKERSPANPART']._serialized_end=1136
+  _globals['_TINKERCHUNK']._serialized_start=1138
+  _globals['_TINKERCHUNK']._serialized_end=1255
+  _globals['_TINKERTEXTCHUNK']._serialized_start=1257
+  _globals['_TINKERTEXTCHUNK']._serialized_end=1290
+  _globals['_TINKERTENSOR']._serialized_start=1293
+  _globals['_TINKERTENSOR']._serialized_end=1426
+  _globals['_TINKERSPARSECSR']._serialized_start=1428
+  _globals['_TINKERSPARSECSR']._serialized_end=1504
+  _globals['_TINKERFORWARDBACKWARDOUTPUT']._serialized_start=1507
+  _globals['_TINKERFORWARDBACKWARDOUTPUT']._serialized_end=1758
+  _globals['_TINKERFORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_start=1712
+  _globals['_TINKERFORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_end=1758
+  _globals['_TINKERARRAYRECORD']._serialized_start=1761
+  _globals['_TINKERARRAYRECORD']._serialized_end=1975
+  _globals['_TINKERARRAYRECORD_FIELDSENTRY']._serialized_start=1888
+  _globals['_TINKERARRAYRECORD_FIELDSENTRY']._serialized_end=1975
+  _globals['_TINKERBATCHEDTENSOR']._serialized_start=1977
+  _globals['_TINKERBATCHEDTENSOR']._serialized_end=2068
+  _globals['_TINKERSAMPLERESPONSE']._serialized_start=2071
+  _globals['_TINKERSAMPLERESPONSE']._serialized_end=2439
+  _globals['_TINKERSAMPLEDSEQUENCE']._serialized_start=2442
+  _globals['_TINKERSAMPLEDSEQUENCE']._serialized_end=2641
+  _globals['_TINKERTOPKLOGPROBS']._serialized_start=2643
+  _globals['_TINKERTOPKLOGPROBS']._serialized_end=2727
 # @@protoc_insertion_point(module_scope)

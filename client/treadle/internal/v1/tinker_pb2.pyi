@@ -47,7 +47,7 @@ class TinkerLossConfigValue(_message.Message):
     def __init__(self, number: _Optional[float] = ..., text: _Optional[str] = ...) -> None: ...
 
 class TinkerDatum(_message.Message):
-    __slots__ = ("model_input", "loss_fn_inputs")
+    __slots__ = ("model_input", "loss_fn_inputs", "loss_fn_input_spans")
     class LossFnInputsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -57,9 +57,29 @@ class TinkerDatum(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[TinkerTensor, _Mapping]] = ...) -> None: ...
     MODEL_INPUT_FIELD_NUMBER: _ClassVar[int]
     LOSS_FN_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FN_INPUT_SPANS_FIELD_NUMBER: _ClassVar[int]
     model_input: _containers.RepeatedCompositeFieldContainer[TinkerChunk]
     loss_fn_inputs: _containers.MessageMap[str, TinkerTensor]
-    def __init__(self, model_input: _Optional[_Iterable[_Union[TinkerChunk, _Mapping]]] = ..., loss_fn_inputs: _Optional[_Mapping[str, TinkerTensor]] = ...) -> None: ...
+    loss_fn_input_spans: _containers.RepeatedCompositeFieldContainer[TinkerSpan]
+    def __init__(self, model_input: _Optional[_Iterable[_Union[TinkerChunk, _Mapping]]] = ..., loss_fn_inputs: _Optional[_Mapping[str, TinkerTensor]] = ..., loss_fn_input_spans: _Optional[_Iterable[_Union[TinkerSpan, _Mapping]]] = ...) -> None: ...
+
+class TinkerSpan(_message.Message):
+    __slots__ = ("prompt_tokens", "sampled_tokens")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: TinkerSpanPart
+    sampled_tokens: TinkerSpanPart
+    def __init__(self, prompt_tokens: _Optional[_Union[TinkerSpanPart, _Mapping]] = ..., sampled_tokens: _Optional[_Union[TinkerSpanPart, _Mapping]] = ...) -> None: ...
+
+class TinkerSpanPart(_message.Message):
+    __slots__ = ("sequence_id", "offset", "length")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    offset: int
+    length: int
+    def __init__(self, sequence_id: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class TinkerChunk(_message.Message):
     __slots__ = ("encoded_text", "image", "dmel")

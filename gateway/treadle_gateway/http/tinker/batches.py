@@ -15,6 +15,8 @@ from treadle.packing import TARGETS, Columns, check_columns, pack_columns
 from treadle.tensors import numpy_from_tensor
 from treadle.v1 import training_pb2, types_pb2
 
+SAMPLED: Final = "sequence_ratio_mask"
+"""The loss input that says which positions were sampled; made from spans where a batch has those instead."""
 FLOAT32: Final = 1
 INT64: Final = 2
 _DTYPES: Final[dict[int, np.dtype[Any]]] = {FLOAT32: np.dtype("<f4"), INT64: np.dtype("<i8"), 3: np.dtype("<i4")}
@@ -42,6 +44,10 @@ def to_batch(data: Sequence[tinker_pb2.TinkerDatum]) -> types_pb2.PackedBatch:
         for name in names:
             rows[name].append(_field(index, name, datum.loss_fn_inputs[name], len(tokens[index])))
     columns = {name: _joined(name, arrays) for name, arrays in rows.items()}
+    if SAMPLED not in columns and all(datum.loss_fn_input_spans for datum in data):
+        columns[SAMPLED] = np.concatenate(
+            [_sampled(index, datum, len(tokens[index])) for index, datum in enumerate(data)]
+        )
     _widen_weights(columns)
     targets = columns.pop(TARGETS)
     if targets.size and int(targets.max()) > _LONGEST_ID:
@@ -102,6 +108,16 @@ def _tokens(index: int, datum: tinker_pb2.TinkerDatum) -> NDArray[np.int32]:
     if not len(row):
         raise BadBatchError(f"datum {index}: model_input has no token")
     return row
+
+
+def _sampled(index: int, datum: tinker_pb2.TinkerDatum, length: int) -> NDArray[np.float32]:
+    """Returns 1 where a position was sampled, 0 where it is of a prompt."""
+    parts = [(span.WhichOneof("span") or "", span) for span in datum.loss_fn_input_spans]
+    kinds = [kind == "sampled_tokens" for kind, _ in parts]
+    lengths = [getattr(span, kind).length if kind else 0 for kind, span in parts]
+    if min(lengths) < 0 or sum(lengths) != length:
+        raise BadBatchError(f"datum {index}: loss_fn_input_spans cover {sum(lengths)} of {length} positions")
+    return np.repeat(np.array(kinds, np.float32), lengths)
 
 
 def _field(index: int, name: str, tensor: tinker_pb2.TinkerTensor, length: int) -> AnyArray:

@@ -69,7 +69,7 @@ class Futures:
         if result is None:
             return _try_again(request_id)
         if result.HasField("error"):
-            return _failed(from_operation_error(result.error))
+            return _ended_badly(from_operation_error(result.error))
         run = RunName(current_principal().tenant, wanted.run)
         kind = result.WhichOneof("kind")
         if kind in ("forward", "forward_backward"):
@@ -111,5 +111,10 @@ def _failed(error: TreadleError) -> Response:
         raise error
     if error.reason == "OPERATION_NOT_FOUND":
         error = make_error(error.reason, f"{error.message}; an operation before it never came, so it was dropped")
+    return _ended_badly(error)
+
+
+def _ended_badly(error: TreadleError) -> Response:
+    """Returns the failure of an operation: its result, and the same whenever it is asked for."""
     category = "server" if error.reason in _OURS else "user"
     return json_response({"error": error.message, "category": category, "reason": error.reason})
