@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from treadle_engine.base_model import BaseModel
@@ -37,6 +38,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2": lambda: Qwen2Config(**SMALL, tie_word_embeddings=False),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
     "gemma": lambda: GemmaConfig(**SMALL, head_dim=16),
+    # SmolLM and SmolLM2 are Llama; the third turns no positions in every other layer here.
+    "smollm3": lambda: SmolLM3Config(**SMALL, no_rope_layer_interval=2),
 }
 
 
