@@ -38,6 +38,8 @@ Pair = tuple[Tensor, Tensor]
 MAX_RANK = 512
 # Each tensor starts on a cache line, wherever its neighbours end: BLAS kernels may choose by alignment.
 _ALIGN = 16
+# Rows of a segment below which the stream is converted as a whole (where it must be).
+_SHORT = 128
 
 
 @dataclass(frozen=True)
@@ -325,14 +327,15 @@ class SegmentedLinear(nn.Linear):
         """Return y_MO of each linear of one group, which share their input, and each segment's low_SN."""
         ys = [linear.base_product(x_MI) for linear in linears]
         lows: list[Tensor | None] = []
-        (x_MI,) = _for_products(segments, (x_MI,))
+        dtype = product_dtype(x_MI.dtype, x_MI.device)
+        (x_MI,) = _for_products(dtype, segments, (x_MI,))
         for segment in segments:
             block = segment.block(linears[0].site, len(linears))
             if block is None or segment.weights is None:
                 lows.append(None)
                 continue
             rows = slice(segment.start, segment.stop)
-            lows.append(add_lora(block, x_MI[rows], [y_MO[rows] for y_MO in ys], segment.weights.scale))
+            lows.append(add_lora(block, x_MI[rows].to(dtype), [y_MO[rows] for y_MO in ys], segment.weights.scale))
         return ys, lows
 
     def project_backward(
@@ -363,18 +366,19 @@ class SegmentedLinear(nn.Linear):
                 weight_OI = linear.frozen_weight()
                 g_MI = g_MO.mm(weight_OI) if g_MI is None else g_MI.addmm_(g_MO, weight_OI)
         first, count = linears[0].site, len(linears)
-        x_MI, *gradients = _for_products(segments, (x_MI, *gradients))
+        dtype = product_dtype(x_MI.dtype, x_MI.device)
+        x_MI, *gradients = _for_products(dtype, segments, (x_MI, *gradients))
         for segment, low_SN in zip(segments, lows, strict=True):
             block, total = segment.block(first, count), segment.gradient_block(first, count)
             if low_SN is None or block is None or segment.weights is None or (g_MI is None and total is None):
                 continue
             scale, rows = segment.weights.scale, slice(segment.start, segment.stop)
-            own = [g_MO[rows] for g_MO in gradients]
+            own = [g_MO[rows].to(dtype) for g_MO in gradients]
             g_SN = low_gradient(block, own)
             if g_MI is not None:
                 add_to_input_gradient(block, g_SN, g_MI[rows], scale)
             if total is not None:
-                add_gradients(total, g_SN, low_SN, x_MI[rows], own, scale)
+                add_gradients(total, g_SN, low_SN, x_MI[rows].to(dtype), own, scale)
         return g_MI
 
 
@@ -398,11 +402,13 @@ class _SegmentedLora(torch.autograd.Function):
         return ctx.linear.project_backward(g_MO, x_MI, ctx.lows, ctx.segments, need_input), None, None
 
 
-def _for_products(segments: Sequence[Segment], streams: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the streams in the dtype that LoRA's products take; untouched where nobody has LoRA."""
-    if all(segment.weights is None for segment in segments):
+def _for_products(dtype: torch.dtype, segments: Sequence[Segment], streams: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the streams in the dtype of LoRA's products where segments are short, to save a conversion for each.
+
+    Those of long segments are converted one by one, while they are in the cache: the bits are the same.
+    """
+    if len(segments) * _SHORT < streams[0].shape[0]:
         return streams
-    dtype = product_dtype(streams[0].dtype, streams[0].device)
     return [stream_MI.to(dtype) for stream_MI in streams]
 
 
