@@ -1,8 +1,9 @@
 """Adapters in use, stacked so that one batched product serves many of them, whatever company they are in.
 
-Adapters of one padded rank and one scale share a bank: per group of linears that read the same input one tensor of
-A's, per linear one of B's. In a step an adapter's rows are a block of a batched product when they are few, a product
-of their own when they are many. From `block_rows` rows up a row's bits do not depend on which of the two it was.
+Adapters of one padded rank, and of scales that differ by powers of two, share a bank: per group of linears that read
+the same input one tensor of A's, per linear one of B's. In a step an adapter's rows are a block of a batched product
+when they are few, a product of their own when they are many. From `block_rows` rows up a row's bits do not depend on
+which of the two it was.
 This module does not know sequences, caches or how a row came to be.
 """
 
@@ -12,6 +13,7 @@ This module does not know sequences, caches or how a row came to be.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle_engine.lora import AdapterWeights, LoraSite, Segment
+from treadle_engine.lora_products import add_product, product_dtype
 
 # From this many columns up, a column of a product does not depend on how many others there are.
 _SMALLEST_RANK = 16
@@ -44,7 +47,7 @@ class _Tenancy:
 
 
 class _Bank:
-    """Adapters of one padded rank and one scale; slot s is row s of every stack."""
+    """Adapters of one padded rank, with B so scaled that `scale` serves all; slot s is row s of every stack."""
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class _Bank:
         return self._bt_SRO[site]
 
     def _copy(self, slot: int, weights: AdapterWeights) -> None:
+        factor = weights.scale / self.scale  # a power of two: B keeps its bits
         for number, group in enumerate(self._groups):
             blocks = [weights.views.block(site.index, 1) for site in group]
             present = [block for block in blocks if block is not None]
@@ -103,7 +107,7 @@ class _Bank:
                 bt_RO = self._row(self._bt_SRO, site.index, slot, (self.rank, site.out_features))
                 if block is not None:
                     a_LI[place * self.rank : place * self.rank + block.a_SI.shape[0]] = block.a_SI
-                    bt_RO[: block.a_SI.shape[0]] = block.bt_ROs[0]
+                    torch.mul(block.bt_ROs[0], factor, out=bt_RO[: block.a_SI.shape[0]])
 
     def _row(self, stacks: dict[int, Tensor], key: int, slot: int, shape: tuple[int, int]) -> Tensor:
         """Return row `slot` of a stack, zeroed; the stack grows by half when it has no such row."""
@@ -180,6 +184,7 @@ class StepAdapters(list[Segment]):
     def add_to(self, sites: Sequence[int], x_MI: Tensor, ys: Sequence[Tensor]) -> None:
         """Add scale * B A x of every segment's adapter to each y_MO, at neighbouring sites that share their input."""
         group, place = self._slots.place_of(sites[0])
+        x_MI = x_MI.to(self._slots.dtype)
         for rows in self._banks:
             a_SLI = rows.bank.a_of(group)
             if a_SLI is None:
@@ -191,16 +196,23 @@ class StepAdapters(list[Segment]):
                 for number, (site, y_MO) in enumerate(zip(sites, ys, strict=True)):
                     bt_RO = rows.bank.bt_of(site)[slot]
                     low_NR = low_NL[:, number * rank : (number + 1) * rank]
-                    y_MO[start:stop].addmm_(low_NR, bt_RO, alpha=rows.bank.scale)
+                    add_product(y_MO[start:stop], low_NR, bt_RO, rows.bank.scale)
             if not rows.small:
                 continue
             slots = slice(rows.first_slot, rows.first_slot + rows.num_slots)
             low_SWL = torch.bmm(rows.gather(x_MI), a_SLI[slots].transpose(1, 2))
             for number, (site, y_MO) in enumerate(zip(sites, ys, strict=True)):
                 low_SWR = low_SWL[:, :, number * rank : (number + 1) * rank]
-                # The base's part goes into the product too: a product that is added later would round differently.
-                y_SWO = rows.gather(y_MO).baddbmm_(low_SWR, rows.bank.bt_of(site)[slots], alpha=rows.bank.scale)
+                y_SWO = _plus_products(rows.gather(y_MO), low_SWR, rows.bank.bt_of(site)[slots], rows.bank.scale)
                 rows.scatter(y_SWO, y_MO)
+
+
+def _plus_products(y_SWO: Tensor, low_SWR: Tensor, bt_SRO: Tensor, scale: float) -> Tensor:
+    """Add what `add_product` adds to a segment of its own, rounding as it does; in place."""
+    if y_SWO.dtype == low_SWR.dtype:
+        # The base's part goes into the product: added later, it would round differently.
+        return y_SWO.baddbmm_(low_SWR, bt_SRO, alpha=scale)
+    return y_SWO.add_(low_SWR.bmm(bt_SRO), alpha=scale)
 
 
 class AdapterSlots:
@@ -209,14 +221,17 @@ class AdapterSlots:
     def __init__(
         self, sites: Sequence[LoraSite], dtype: torch.dtype, device: torch.device, block_rows: int, large_rows: int
     ) -> None:
-        """Hold nothing yet; segments of `large_rows` rows and more get products of their own, all in `dtype`."""
+        """Hold nothing yet; segments of `large_rows` rows and more get products of their own.
+
+        `dtype` is that of the base; products are in the one that `product_dtype` gives.
+        """
         self._groups = group_sites(sites)
         self._places = {
             site.index: (number, place)
             for number, group in enumerate(self._groups)
             for place, site in enumerate(group)
         }  # fmt: skip
-        self._dtype, self._device = dtype, device
+        self.dtype, self._device = product_dtype(dtype, device), device
         self._block_rows, self._large_rows = block_rows, large_rows
         self._banks: dict[tuple[int, float], _Bank] = {}
         self._step = 0
@@ -233,9 +248,9 @@ class AdapterSlots:
             weights = segment.weights
             if weights is None or not weights.layout.sites:
                 continue
-            key = (padded_rank(weights.config.rank), weights.scale)
+            key = (padded_rank(weights.config.rank), math.frexp(weights.scale)[0])
             if key not in self._banks:
-                self._banks[key] = _Bank(self._groups, *key, self._dtype, self._device)
+                self._banks[key] = _Bank(self._groups, *key, self.dtype, self._device)
             rows = found.setdefault(key, _BankRows(self._banks[key]))
             slot = rows.bank.slot_of(weights, self._step)
             if segment.stop - segment.start >= self._large_rows:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from treadle_engine.adapter_slots import AdapterSlots, StepAdapters
 from treadle_engine.base_model import ROW_MULTIPLE, BaseInfo, BaseModel
 from treadle_engine.lora import Segment, SegmentedLinear
+from treadle_engine.lora_products import product_dtype
 
 _ONEDNN = ("x86_64", "AMD64")
 """Machines for which torch brings oneDNN's own kernels."""
@@ -95,13 +96,15 @@ def smallest_block(base: BaseModel) -> int:
     generator = torch.Generator().manual_seed(0)
     widths = {(linear.in_features, linear.out_features) for linear in base.linears[:-1]}
     heads = {(base.info.head_dim, 64), (64, base.info.head_dim), (base.info.head_dim, 320), (320, base.info.head_dim)}
-    shapes = [(inner, 16) for inner, _ in widths] + [(16, outer) for _, outer in widths] + sorted(heads)
+    lora = product_dtype(base.dtype, base.device)
+    shapes = [(inner, 16, lora) for inner, _ in widths] + [(16, outer, lora) for _, outer in widths]
+    shapes += [(inner, outer, base.dtype) for inner, outer in sorted(heads)]
 
     def holds(rows: int) -> bool:
-        for inner, outer in shapes:
-            x_BMI = torch.randn(2, _PROBE_ROWS, inner, generator=generator).to(base.device, base.dtype)
-            w_BIO = torch.randn(2, outer, inner, generator=generator).to(base.device, base.dtype).transpose(1, 2)
-            y_BMO = torch.randn(2, _PROBE_ROWS, outer, generator=generator).to(base.device, base.dtype)
+        for inner, outer, dtype in shapes:
+            x_BMI = torch.randn(2, _PROBE_ROWS, inner, generator=generator).to(base.device, dtype)
+            w_BIO = torch.randn(2, outer, inner, generator=generator).to(base.device, dtype).transpose(1, 2)
+            y_BMO = torch.randn(2, _PROBE_ROWS, outer, generator=generator).to(base.device, dtype)
             many_BMO = torch.baddbmm(y_BMO, x_BMI, w_BIO, alpha=2.0)
             for start in (0, 3):
                 cut = slice(start, start + rows)

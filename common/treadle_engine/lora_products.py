@@ -40,7 +40,7 @@ def add_lora(block: Block, x_NI: Tensor, ys: Sequence[Tensor], scale: float) -> 
     """Add scale * B A x to each y_NO in place; return low_SN = A x^T."""
     low_SN = down(block, x_NI)
     for bt_RO, low_RN, y_NO in zip(block.bt_ROs, _by_site(low_SN, block), ys, strict=True):
-        _add_product(y_NO, low_RN.t(), bt_RO, scale)
+        add_product(y_NO, low_RN.t(), bt_RO, scale)
     return low_SN
 
 
@@ -63,7 +63,7 @@ def low_gradient(block: Block, gradients: Sequence[Tensor]) -> Tensor:
 
 def add_to_input_gradient(block: Block, g_SN: Tensor, total_NI: Tensor, scale: float) -> None:
     """Add scale * g A to the gradient of the shared input."""
-    _add_product(total_NI, g_SN.t(), block.a_SI, scale)
+    add_product(total_NI, g_SN.t(), block.a_SI, scale)
 
 
 def add_gradients(
@@ -79,7 +79,7 @@ def _by_site(stacked_SN: Tensor, block: Block) -> Sequence[Tensor]:
     return (stacked_SN,) if len(block.bt_ROs) == 1 else stacked_SN.chunk(len(block.bt_ROs))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """Add scale * left right to `total`, rounding to its dtype once."""
     if total.dtype == left.dtype:
         total.addmm_(left, right, alpha=scale)
