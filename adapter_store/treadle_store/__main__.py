@@ -22,7 +22,7 @@ from treadle.internal.v1 import (
     usage_pb2_grpc,
     workers_pb2_grpc,
 )
-from treadle.v1 import adapters_pb2_grpc, admin_pb2_grpc, metrics_pb2_grpc
+from treadle.v1 import adapters_pb2_grpc, admin_pb2_grpc, datasets_pb2_grpc, metrics_pb2_grpc
 from treadle_service.interceptors import InternalAuthInterceptor
 from treadle_service.logs import get_logger
 from treadle_service.principal import SCOPES
@@ -37,6 +37,7 @@ from treadle_store.revision_feed import RevisionFeed
 from treadle_store.service_adapters import AdapterService
 from treadle_store.service_admin import AdminService
 from treadle_store.service_blobs import BlobService
+from treadle_store.service_datasets import DatasetService
 from treadle_store.service_journal import JournalService
 from treadle_store.service_metrics import MetricsService
 from treadle_store.service_revisions import RevisionService
@@ -58,6 +59,7 @@ SERVICES = (
     "treadle.internal.v1.UsageService",
     "treadle.internal.v1.RevisionService",
     "treadle.v1.AdapterService",
+    "treadle.v1.DatasetService",
     "treadle.v1.AdminService",
     "treadle.v1.MetricsService",
 )
@@ -102,6 +104,8 @@ async def build(host: ServiceHost, settings: StoreSettings, clock: Clock = syste
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapter_service, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(database, workers, clock), server)
         metrics_pb2_grpc.add_MetricsServiceServicer_to_server(MetricsService(database, clock), server)
+        datasets = DatasetService(database, clock, settings.max_completion_bytes)
+        datasets_pb2_grpc.add_DatasetServiceServicer_to_server(datasets, server)
         for service in SERVICES:
             host.add_service(service)
         sweeper = Sweeper(database, blobs, clock, settings.sweep_grace_seconds)

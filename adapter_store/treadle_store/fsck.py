@@ -5,6 +5,7 @@ a later view still names it. Knows the journal's invariants, not what operations
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -19,7 +20,7 @@ from treadle.v1 import training_pb2
 from treadle_store.blobs import BlobStore
 from treadle_store.engines import SQLITE, Engines, schema_versions
 from treadle_store.sweep import used_blobs
-from treadle_store.tables import adapter_files, adapters, leases, ops, results, runs, snapshots
+from treadle_store.tables import adapter_files, adapters, completions, leases, ops, results, runs, snapshots, tenants
 
 READ_BYTES: Final = 4 * 2**20
 # Rows of one fetch; an operation has up to 1 MiB.
@@ -60,6 +61,7 @@ def check_store(engines: Engines, blobs: BlobStore, *, read_contents: bool = Tru
         _check_runs(connection, report)
         _check_operations(connection, report)
         _check_adapters(connection, report)
+        _check_completions(connection, report)
         uses = list(blob_uses(connection))
     _check_blobs(engines, blobs, uses, report, read_contents=read_contents)
     return report
@@ -202,6 +204,32 @@ def _check_adapters(connection: Connection, report: Report) -> None:
     for row in connection.execute(select(*adapters.c).where(~has_file)):
         report.add(AdapterName(row.tenant, row.run, row.kind, row.adapter), "has no files")
     report.counts["adapters"] = connection.execute(select(func.count()).select_from(adapters)).scalar_one()
+
+
+def _check_completions(connection: Connection, report: Report) -> None:
+    """Compares what a tenant's completions count for with what they have."""
+    counted: dict[str, int] = {}
+    query = select(*completions.c[("tenant", "completion", "size", "messages", "response")])
+    for row in connection.execute(query.execution_options(yield_per=FETCH_ROWS)):
+        counted[row.tenant] = counted.get(row.tenant, 0) + row.size
+        if row.size < len(row.messages) + len(row.response):
+            report.add(f"completion {row.completion} of {row.tenant}", f"counts as {row.size} bytes, which is too few")
+        for name, content in (("messages", row.messages), ("response", row.response)):
+            if not _is_json(content):
+                report.add(f"completion {row.completion} of {row.tenant}", f"has {name} that are not JSON")
+    for row in connection.execute(select(*tenants.c)):
+        if row.completion_bytes != counted.get(row.tenant, 0):
+            stored = counted.get(row.tenant, 0)
+            report.add(f"tenant {row.tenant}", f"counts {row.completion_bytes} bytes of completions and has {stored}")
+    report.counts["completions"] = connection.execute(select(func.count()).select_from(completions)).scalar_one()
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_blobs(

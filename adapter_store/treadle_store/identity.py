@@ -61,10 +61,21 @@ def create_tenant(connection: Connection, tenant: str, now_us: int) -> admin_pb2
     return admin_pb2.Tenant(tenant=tenant, created=to_timestamp(now_us))
 
 
+def update_tenant(connection: Connection, tenant: str, *, store_completions: bool | None) -> admin_pb2.Tenant:
+    """Changes the settings that are given. Raises TENANT_NOT_FOUND."""
+    if store_completions is not None:
+        change = update(tenants).where(tenants.c.tenant == tenant)
+        connection.execute(change.values(store_completions=store_completions))
+    row = connection.execute(select(*tenants.c).where(tenants.c.tenant == tenant)).one_or_none()
+    if row is None:
+        raise make_error("TENANT_NOT_FOUND", f"there is no tenant {tenant[:40]!r}")
+    return _to_tenant(row)
+
+
 def list_tenants(connection: Connection) -> list[admin_pb2.Tenant]:
     """Returns all tenants by name."""
     rows = connection.execute(select(*tenants.c).order_by(tenants.c.tenant))
-    return [admin_pb2.Tenant(tenant=row.tenant, created=to_timestamp(row.created_us)) for row in rows]
+    return [_to_tenant(row) for row in rows]
 
 
 def add_key(connection: Connection, key: NewKey, now_us: int) -> admin_pb2.Key:
@@ -129,6 +140,12 @@ def has_keys(connection: Connection) -> bool:
 
 def _tenant_exists(connection: Connection, tenant: str) -> bool:
     return connection.execute(select(tenants.c.tenant).where(tenants.c.tenant == tenant)).first() is not None
+
+
+def _to_tenant(row: Row[*tuple[object, ...]]) -> admin_pb2.Tenant:
+    return admin_pb2.Tenant(
+        tenant=row.tenant, created=to_timestamp(row.created_us), store_completions=row.store_completions
+    )
 
 
 def _to_key(row: Row[*tuple[object, ...]]) -> admin_pb2.Key:

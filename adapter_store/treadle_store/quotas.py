@@ -121,7 +121,7 @@ def check_active_run(connection: Connection, name: RunName, now_us: int) -> None
 
 
 def stored_bytes(connection: Connection, tenant: str) -> int:
-    """Returns the bytes of a tenant's saved adapters that are not deleted, and of its runs' newest snapshots."""
+    """Returns the bytes of a tenant's saved adapters that are not deleted, its runs' snapshots and its completions."""
     same = and_(
         adapters.c.tenant == adapter_files.c.tenant,
         adapters.c.run == adapter_files.c.run,
@@ -134,8 +134,9 @@ def stored_bytes(connection: Connection, tenant: str) -> int:
         .where(adapter_files.c.tenant == tenant, adapters.c.deleted_us.is_(None))
     )
     snapped = select(func.sum(snapshots.c.size)).where(snapshots.c.tenant == tenant)
+    kept = select(tenants.c.completion_bytes).where(tenants.c.tenant == tenant)
     # PostgreSQL sums into decimals.
-    return int(connection.execute(saved).scalar_one() or 0) + int(connection.execute(snapped).scalar_one() or 0)
+    return sum(int(connection.execute(query).scalar_one_or_none() or 0) for query in (saved, snapped, kept))
 
 
 def storage_limit(connection: Connection, tenant: str, *, lock: bool = True) -> int | None:
@@ -151,8 +152,8 @@ def check_storage(connection: Connection, tenant: str, limit: int | None) -> Non
     if stored > limit:
         raise make_error(
             "QUOTA_EXCEEDED",
-            f"this would make {stored} bytes of adapters and snapshots, and you may store {limit}: "
-            "delete revisions, checkpoints or runs that you no longer need",
+            f"this would make {stored} bytes of adapters, snapshots and completions, and you may store {limit}: "
+            "delete revisions, checkpoints, runs or completions that you no longer need",
             _ROOM_SECONDS,
         )
 

@@ -36,6 +36,15 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         body = partial(identity.create_tenant, tenant=request.tenant, now_us=self._clock())
         return admin_pb2.CreateTenantResponse(tenant=await self._database.write(body))
 
+    async def UpdateTenant(
+        self, request: admin_pb2.UpdateTenantRequest, context: object
+    ) -> admin_pb2.UpdateTenantResponse:
+        """Changes settings of a tenant."""
+        current_principal().require("admin")
+        consent = request.store_completions if request.HasField("store_completions") else None
+        body = partial(identity.update_tenant, tenant=request.tenant, store_completions=consent)
+        return admin_pb2.UpdateTenantResponse(tenant=await self._database.write(body))
+
     async def ListTenants(
         self, request: admin_pb2.ListTenantsRequest, context: object
     ) -> admin_pb2.ListTenantsResponse:

@@ -33,6 +33,9 @@ class StoreSettings(ServiceSettings):
         None, description="file that receives the first admin key at first start; default: data_dir/admin.key"
     )
     max_adapter_bytes: int = Field(4 * 2**30, gt=0, description="longest file that PushAdapter takes")
+    max_completion_bytes: int = Field(
+        2**30, ge=0, description="most bytes of kept completions of one tenant, whatever its quota"
+    )
     sweep_period_seconds: float = Field(600.0, gt=0, description="time between two collections of unused blobs")
     sweep_grace_seconds: float = Field(
         3600.0, ge=60, description="time that an unused blob stays; longer than any upload and its record take"

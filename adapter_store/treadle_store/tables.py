@@ -38,6 +38,9 @@ tenants: Final = Table(
     metadata,
     Column("tenant", String(32), primary_key=True),
     Column("created_us", BigInteger, nullable=False),
+    Column("store_completions", Boolean, nullable=False, server_default=false()),
+    # What `completions` holds of this tenant: kept up with every change, since a sum over all rows would take long.
+    Column("completion_bytes", BigInteger, nullable=False, server_default="0"),
 )
 
 keys: Final = Table(
@@ -238,6 +241,33 @@ adapter_files: Final = Table(
         ["adapters.tenant", "adapters.run", "adapters.kind", "adapters.adapter"],
         ondelete="CASCADE",
     ),
+)
+
+completions: Final = Table(
+    "completions",
+    metadata,
+    Column("tenant", String(32), ForeignKey("tenants.tenant"), primary_key=True),
+    Column("completion", String(64), primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("created_us", BigInteger, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("messages", LargeBinary, nullable=False),  # JSON array
+    Column("response", LargeBinary, nullable=False),  # JSON object
+    Index(None, "tenant", "model", "completion"),
+)
+
+# Metadata of completions, a row per entry, so that both databases can filter by it.
+completion_tags: Final = Table(
+    "completion_tags",
+    metadata,
+    Column("tenant", String(32), primary_key=True),
+    Column("completion", String(64), primary_key=True),
+    Column("key", String(64), primary_key=True),
+    Column("value", String(512), nullable=False),
+    ForeignKeyConstraint(
+        ["tenant", "completion"], ["completions.tenant", "completions.completion"], ondelete="CASCADE"
+    ),
+    Index(None, "tenant", "key", "value"),
 )
 
 # Nothing is swept while a hold lasts: a backup is copying blobs that its rows name.

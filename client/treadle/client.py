@@ -12,6 +12,7 @@ from treadle.adapters import AdapterCalls
 from treadle.admin import AdminCalls
 from treadle.channel import Transport
 from treadle.convert import lora_to_proto, run_from
+from treadle.datasets import DatasetCalls
 from treadle.errors import BadNameError
 from treadle.metrics import MetricCalls
 from treadle.names import is_adapter, parse_adapter, parse_run
@@ -27,7 +28,7 @@ _CLOSE_SECONDS = 30.0
 _PAGE_SIZE = 500
 
 
-class ServiceClient(AdapterCalls, AdminCalls, MetricCalls, TimelineCalls):
+class ServiceClient(AdapterCalls, AdminCalls, DatasetCalls, MetricCalls, TimelineCalls):
     """One connection to a Treadle gateway, for any number of runs and threads.
 
     `base_url` (or TREADLE_ADDRESS) is host:port, `api_key` (or TREADLE_API_KEY) says who you are. The calls of this
@@ -45,6 +46,7 @@ class ServiceClient(AdapterCalls, AdminCalls, MetricCalls, TimelineCalls):
         transport = Transport(settings or client_settings(base_url or address, api_key))
         AdapterCalls.__init__(self, transport)
         AdminCalls.__init__(self, transport)
+        DatasetCalls.__init__(self, transport)
         MetricCalls.__init__(self, transport)
         TimelineCalls.__init__(self, transport)
         self._training = training_pb2_grpc.TrainingServiceStub(transport.ops_channel)

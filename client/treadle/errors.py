@@ -198,6 +198,7 @@ CATALOGUE: Final[dict[str, ErrorSpec]] = {
     "RESULT_GONE": ErrorSpec(_C.NOT_FOUND, False, NotFoundError),
     "TENANT_NOT_FOUND": ErrorSpec(_C.NOT_FOUND, False, NotFoundError),
     "KEY_NOT_FOUND": ErrorSpec(_C.NOT_FOUND, False, NotFoundError),
+    "COMPLETION_NOT_FOUND": ErrorSpec(_C.NOT_FOUND, False, NotFoundError),
     "BLOB_NOT_FOUND": ErrorSpec(_C.NOT_FOUND, False, NotFoundError),
     # Clashes.
     "SEQ_REUSED": ErrorSpec(_C.ALREADY_EXISTS, False, SeqReusedError),

@@ -48,6 +48,25 @@ class SupportedModel:
 
 
 @dataclass(frozen=True)
+class CompletionInfo:
+    """A kept completion without its contents; `size` in bytes."""
+
+    id: str
+    model: str
+    created: datetime
+    metadata: dict[str, str]
+    size: int
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """What was written, and how many answers were left out because they had been cut at their limit of tokens."""
+
+    num_conversations: int
+    num_cut: int
+
+
+@dataclass(frozen=True)
 class ServerCapabilities:
     """What the deployment offers, and the tenant that the key belongs to."""
 

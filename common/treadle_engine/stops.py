@@ -7,7 +7,7 @@ sample. This module does not know models, or how tokens were drawn.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
@@ -22,15 +22,20 @@ Detokenize = Callable[[Sequence[int]], str]
 _MARGIN = 8
 
 
-def load_detokenizer(path_or_name: str) -> Detokenize:
-    """Return the text function of a base's tokenizer; UNKNOWN_BASE if it has no fast one."""
+def load_fast_tokenizer(path_or_name: str) -> Any:  # transformers' type, of which there are several
+    """Return a base's tokenizer; UNKNOWN_BASE if it has no fast one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_name)
     except (OSError, ValueError, KeyError) as error:
         raise EngineError("UNKNOWN_BASE", f"cannot load the tokenizer of {path_or_name!r}: {error}") from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise EngineError("UNKNOWN_BASE", f"the tokenizer of {path_or_name!r} is not a fast one")
+    return tokenizer
+
+
+def load_detokenizer(path_or_name: str) -> Detokenize:
+    """Return the text function of a base's tokenizer; UNKNOWN_BASE if it has no fast one."""
+    backend = load_fast_tokenizer(path_or_name).backend_tokenizer
 
     def detokenize(tokens: Sequence[int]) -> str:
         text: str = backend.decode(list(tokens), skip_special_tokens=False)

@@ -17,6 +17,7 @@ from treadle.errors import TreadleError, from_rpc_error
 from treadle.v1 import (
     adapters_pb2_grpc,
     admin_pb2_grpc,
+    datasets_pb2_grpc,
     metrics_pb2_grpc,
     sampling_pb2_grpc,
     timeline_pb2_grpc,
@@ -41,6 +42,7 @@ class LocalCalls:
         self.training: training_pb2_grpc.TrainingServiceAsyncStub = training_pb2_grpc.TrainingServiceStub(channel)
         self.sampling: sampling_pb2_grpc.SamplingServiceAsyncStub = sampling_pb2_grpc.SamplingServiceStub(channel)
         self.adapters: adapters_pb2_grpc.AdapterServiceAsyncStub = adapters_pb2_grpc.AdapterServiceStub(channel)
+        self.datasets: datasets_pb2_grpc.DatasetServiceAsyncStub = datasets_pb2_grpc.DatasetServiceStub(channel)
         self.admin: admin_pb2_grpc.AdminServiceAsyncStub = admin_pb2_grpc.AdminServiceStub(channel)
         self.metrics: metrics_pb2_grpc.MetricsServiceAsyncStub = metrics_pb2_grpc.MetricsServiceStub(channel)
         self.timeline: timeline_pb2_grpc.TimelineServiceAsyncStub = timeline_pb2_grpc.TimelineServiceStub(channel)

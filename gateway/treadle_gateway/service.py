@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from treadle.errors import TreadleError, make_error
-from treadle.v1 import adapters_pb2, admin_pb2, metrics_pb2, sampling_pb2, timeline_pb2, training_pb2
+from treadle.v1 import adapters_pb2, admin_pb2, datasets_pb2, metrics_pb2, sampling_pb2, timeline_pb2, training_pb2
 from treadle_gateway.directory import Directory
 from treadle_gateway.forward import Forwarder, Target
 from treadle_gateway.routing import RETRY_SECONDS, pick_sampler
@@ -32,6 +32,7 @@ PUBLIC_SERVICES: Final[tuple[ServiceDescriptor, ...]] = (
     training_pb2.DESCRIPTOR.services_by_name["TrainingService"],
     sampling_pb2.DESCRIPTOR.services_by_name["SamplingService"],
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"],
+    datasets_pb2.DESCRIPTOR.services_by_name["DatasetService"],
     admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
     metrics_pb2.DESCRIPTOR.services_by_name["MetricsService"],
     timeline_pb2.DESCRIPTOR.services_by_name["TimelineService"],
@@ -202,7 +203,7 @@ def _parse(method: MethodDescriptor, request: bytes) -> Any:  # Any: the method'
     return message
 
 
-def _model_of(request: Any) -> str:  # Any: one of three requests of the SamplingService.
+def _model_of(request: Any) -> str:  # Any: one of the requests of the SamplingService.
     model: str = request.request.model if isinstance(request, sampling_pb2.StreamSampleRequest) else request.model
     return model
 

@@ -25,6 +25,7 @@ from treadle_sampler.engine_loop import EngineLoop
 from treadle_sampler.metering import Metering
 from treadle_sampler.revision_source import StoreSource, model_not_found
 from treadle_sampler.settings import SamplerSettings
+from treadle_sampler.tokenizer_source import TokenizerSource
 from treadle_sampler.watch import RevisionWatch
 from treadle_service.principal import INTERNAL_SCOPE, Principal
 from treadle_service.registration import Registration
@@ -42,6 +43,7 @@ class Sampler:
         self.engine, self.store = engine, store
         self.draining = False
         self._info: BaseInfo = base.info
+        self.tokenizer = TokenizerSource(base.info)
         worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_SAMPLER, address=address)
         self.registration = Registration(store, worker, base.info, settings.heartbeat_seconds, self._load_now)
         self.metering = Metering(store, settings.worker, lambda: engine.trace.busy_seconds)

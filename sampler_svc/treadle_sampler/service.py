@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
 
+import google_crc32c
 import grpc
 
 from treadle import wire
@@ -20,6 +21,7 @@ from treadle_service.principal import current_principal
 
 Context = grpc.aio.ServicerContext[Any, Any]  # Message types follow from the method.
 _LISTED_STEPS: Final = 1000
+_CHUNK_BYTES: Final = 2**20
 
 
 class SamplerSlot:
@@ -86,6 +88,20 @@ class SamplingServicer(sampling_pb2_grpc.SamplingServiceServicer):
                         response.logprobs.CopyFrom(tensor_from_numpy(event.logprobs_T))
                     break
         return response
+
+    async def GetTokenizer(
+        self, request: sampling_pb2.GetTokenizerRequest, context: Context
+    ) -> AsyncIterator[sampling_pb2.GetTokenizerResponse]:
+        """Answers the tokenizer of the base, whose name or revision the caller gives."""
+        sampler = self._slot.get()
+        async with sampler.model(request.model, current_principal()):
+            facts = await sampler.tokenizer.get()
+        yield sampling_pb2.GetTokenizerResponse(header=facts.header)
+        if request.known_sha256 != facts.header.sha256:
+            for start in range(0, len(facts.content), _CHUNK_BYTES):
+                data = facts.content[start : start + _CHUNK_BYTES]
+                chunk = sampling_pb2.TokenizerChunk(crc32c=google_crc32c.value(data), data=data)
+                yield sampling_pb2.GetTokenizerResponse(chunk=chunk)
 
 
 class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.gateway.conftest import BASE, TOKEN, Front
+from tests.gateway.conftest import BASE, TOKEN, Front, bearer
 from treadle.cli import COMMANDS
 from treadle.cli.lazy import LazyGroup
 from treadle.cli.settings import UpFile
 from treadle.internal.v1 import journal_pb2, journal_pb2_grpc
-from treadle.v1 import training_pb2
+from treadle.recipes.configs import SftConfig
+from treadle.recipes.examples import messages_of
+from treadle.recipes.rows import read_rows
+from treadle.v1 import datasets_pb2, datasets_pb2_grpc, training_pb2
 from treadle_service.channels import internal_metadata
 
 
@@ -45,6 +48,46 @@ async def test_a_key_is_made_listed_and_revoked(front: Front) -> None:
     lasting = await rows(front, "key", "create", "acme", "--days", "30")
     days = datetime.fromisoformat(lasting["expires"]) - datetime.fromisoformat(lasting["created"])
     assert round(days.total_seconds() / 86_400) == 30
+
+
+async def test_kept_completions_are_listed_exported_and_deleted(front: Front, tmp_path: Path) -> None:
+    """As rows of a fine-tuning, one per choice; answers that were cut short are left out unless asked for."""
+    await front.tenant("acme", "train")
+    assert (await treadle(front, "tenant", "consent", "acme")).exit_code == 2
+    await rows(front, "tenant", "consent", "acme", "--store-completions")
+    assert {row["tenant"]: row["store_completions"] for row in await rows(front, "tenant", "list")}["acme"]
+    key = (await rows(front, "key", "create", "acme"))["secret"]
+    stub = datasets_pb2_grpc.DatasetServiceStub(front.channel)
+    for number, reason in enumerate(("stop", "length", "stop")):
+        choice = {"index": 0, "message": {"role": "assistant", "content": f"No {number}é"}, "finish_reason": reason}
+        kept = datasets_pb2.StoredCompletion(
+            model=BASE,
+            messages_json=json.dumps([{"role": "user", "content": "Hi"}]),
+            response_json=json.dumps({"choices": [choice, choice | {"index": 1}]}),
+            metadata={"n": str(number)},
+        )
+        await stub.CreateCompletion(datasets_pb2.CreateCompletionRequest(completion=kept), metadata=bearer(key))
+    listed = await rows(front, "dataset", "list", "--key", key)
+    assert [(row["model"], row["metadata"]) for row in listed] == [(BASE, {"n": str(n)}) for n in range(3)]
+    file = tmp_path / "data.jsonl"
+    assert await rows(front, "dataset", "export", str(file), "--key", key) == {
+        "file": str(file),
+        "conversations": 4,
+        "cut": 2,
+    }
+    config = SftConfig(data=str(file))
+    conversations = [messages_of(row, config) for row in read_rows(config)]
+    assert conversations[2] == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No 2é"}]
+    assert (await treadle(front, "dataset", "export", str(file), "--key", key)).exit_code == 1
+    one = tmp_path / "one.jsonl"
+    await rows(front, "dataset", "export", str(one), "--metadata", "n=1", "--with-cut", "--key", key)
+    assert len(one.read_text().splitlines()) == 2
+    assert (await treadle(front, "dataset", "delete", "--key", key)).exit_code == 2
+    assert await rows(front, "dataset", "delete", "--metadata", "n=1", "--key", key) == {"deleted": 1}
+    assert await rows(front, "dataset", "delete", listed[0]["completion"], "--key", key) == {"deleted": 1}
+    assert (await treadle(front, "dataset", "delete", listed[0]["completion"], "--key", key)).exit_code == 1
+    assert await rows(front, "dataset", "delete", "--all", "--key", key) == {"deleted": 1}
+    assert (await rows(front, "dataset", "list", "--key", key)) == []
 
 
 async def test_a_quota_is_set_limit_by_limit(front: Front) -> None:

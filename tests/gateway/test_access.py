@@ -81,7 +81,8 @@ async def test_health_and_reflection_need_no_key(front: Front) -> None:
     async for answer in reflection.ServerReflectionInfo(iter([request])):
         names = {service.name for service in answer.list_services_response.service}
     public = {
-        f"treadle.v1.{name}Service" for name in ("Training", "Sampling", "Adapter", "Admin", "Metrics", "Timeline")
+        f"treadle.v1.{name}Service"
+        for name in ("Training", "Sampling", "Adapter", "Admin", "Dataset", "Metrics", "Timeline")
     }
     assert {name for name in names if name.startswith("treadle")} == public
 

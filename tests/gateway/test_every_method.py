@@ -16,6 +16,8 @@ from treadle.v1 import (
     adapters_pb2,
     admin_pb2,
     admin_pb2_grpc,
+    datasets_pb2,
+    datasets_pb2_grpc,
     metrics_pb2,
     sampling_pb2,
     training_pb2,
@@ -24,7 +26,7 @@ from treadle.v1 import (
 from treadle_gateway.scopes import METHOD_SCOPES
 from treadle_gateway.service import PUBLIC_SERVICES, path
 from treadle_service.channels import internal_metadata
-from treadle_service.principal import SCOPES
+from treadle_service.principal import SCOPES, Principal
 
 METHODS = sorted(path(method) for service in PUBLIC_SERVICES for method in service.methods)
 
@@ -87,6 +89,8 @@ class Named:
 
 _T, _S, _A = "/treadle.v1.TrainingService/", "/treadle.v1.SamplingService/", "/treadle.v1.AdapterService/"
 _M = "/treadle.v1.MetricsService/"
+_D = "/treadle.v1.DatasetService/"
+COMPLETION = "chatcmpl-1234"
 GET_CAPABILITIES = "/treadle.v1.AdminService/GetCapabilities"
 NAMED = {
     _T + "GetRun": Named(training_pb2.GetRunRequest, "name", "run"),
@@ -99,6 +103,10 @@ NAMED = {
     _S + "Sample": Named(sampling_pb2.SampleRequest, "model", "revisions/a"),
     _S + "StreamSample": Named(sampling_pb2.StreamSampleRequest, "request.model", "revisions/a"),
     _S + "ComputeLogprobs": Named(sampling_pb2.ComputeLogprobsRequest, "model", "revisions/a"),
+    _S + "GetTokenizer": Named(sampling_pb2.GetTokenizerRequest, "model", "revisions/a"),
+    _D + "GetCompletion": Named(datasets_pb2.GetCompletionRequest, "id", "completion"),
+    _D + "UpdateCompletion": Named(datasets_pb2.UpdateCompletionRequest, "id", "completion"),
+    _D + "DeleteCompletion": Named(datasets_pb2.DeleteCompletionRequest, "id", "completion"),
     _A + "GetRevision": Named(adapters_pb2.GetRevisionRequest, "name", "revisions/a"),
     _A + "DeleteRevision": Named(adapters_pb2.DeleteRevisionRequest, "name", "revisions/a"),
     _A + "GetCheckpoint": Named(adapters_pb2.GetCheckpointRequest, "name", "checkpoints/c"),
@@ -115,14 +123,17 @@ LISTS = {
     _T + "ListRuns": training_pb2.ListRunsRequest(page_size=500),
     _A + "ListRevisions": adapters_pb2.ListRevisionsRequest(page_size=500),
     _A + "ListCheckpoints": adapters_pb2.ListCheckpointsRequest(page_size=500),
+    _D + "ListCompletions": datasets_pb2.ListCompletionsRequest(page_size=500),
 }
+# What they add or take away is the caller's own; tests/store/test_datasets.py has them between tenants.
+OWN = {_D + "CreateCompletion", _D + "DeleteCompletions"}
 # Nothing of a tenant's is in their answers: they take a key with the scope `admin`, or say what the deployment can do.
 UNOWNED = {method for method in METHODS if "admin" in METHOD_SCOPES[method]}
 
 
 def test_each_method_is_of_a_kind_that_the_tests_below_know() -> None:
     """A new method must be sorted in before it can be landed."""
-    assert sorted([*NAMED, *LISTS, *UNOWNED]) == METHODS
+    assert sorted([*NAMED, *LISTS, *UNOWNED, *OWN]) == METHODS
 
 
 async def saved_by(front: Front, tenant: str) -> str:
@@ -145,10 +156,26 @@ async def saved_by(front: Front, tenant: str) -> str:
     return run
 
 
+async def keep_completion(front: Front, tenant: str, name: str) -> None:
+    """Keeps a completion of a tenant."""
+    admin = admin_pb2_grpc.AdminServiceStub(front.channel)
+    change = admin_pb2.UpdateTenantRequest(tenant=tenant, store_completions=True)
+    await admin.UpdateTenant(change, metadata=front.admin)
+    kept = datasets_pb2.StoredCompletion(
+        id=name, model=BASE, messages_json="[]", response_json='{"said": "acme"}', metadata={"of": tenant}
+    )
+    principal = Principal(tenant, frozenset({"sample"}))
+    await datasets_pb2_grpc.DatasetServiceStub(front.store_channel).CreateCompletion(
+        datasets_pb2.CreateCompletionRequest(completion=kept), metadata=internal_metadata(TOKEN, principal)
+    )
+
+
 def request_for(method: str, run: str) -> tuple[Message, str]:
     """Returns a request that names the run, or something that was saved from it, and the name."""
     named = NAMED[method]
     name = run if named.kind == "run" else f"{run}/{named.kind}"
+    if named.kind == "completion":  # has no tenant in its name: one that is not there has another end
+        name = COMPLETION if run.startswith("tenants/acme/") and not run.endswith("r-0000000000") else "chatcmpl-0"
     request = message = named.request()
     *outer, last = named.field.split(".")
     for part in outer:
@@ -168,6 +195,7 @@ async def test_anothers_thing_is_answered_like_one_that_is_not_there(front: Fron
     await front.add_peer()
     owner, other = await front.tenant("acme", "train", "sample"), await front.tenant("nosy", "train", "sample")
     theirs = await saved_by(front, "acme")
+    await keep_completion(front, "acme", COMPLETION)
     absent = {"not there": "tenants/nosy/runs/r-0000000000", "nobody's": "tenants/acme/runs/r-0000000000"}
     for method in NAMED:
         asked, name = request_for(method, theirs)
@@ -179,9 +207,11 @@ async def test_anothers_thing_is_answered_like_one_that_is_not_there(front: Fron
             assert (method, what, other_answer.reason) == (method, what, answer.reason)
             assert other_answer.message.replace(missing, name) == answer.message
     for method, request in LISTS.items():
-        listed = await front.channel.unary_unary(method)(request.SerializeToString(), metadata=other)
+        asked = request.SerializeToString()
+        listed = b"".join(await read_all(front.channel.unary_stream(method)(asked, metadata=other)))
         assert (method, b"acme" in listed) == (method, False)
-        assert b"acme" in await front.channel.unary_unary(method)(request.SerializeToString(), metadata=owner)
+        mine = b"".join(await read_all(front.channel.unary_stream(method)(asked, metadata=owner)))
+        assert (method, b"acme" in mine) == (method, True)
 
 
 @pytest.mark.parametrize("gateway_settings", [{"key_cache_seconds": 600}])

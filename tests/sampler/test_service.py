@@ -6,11 +6,14 @@ import asyncio
 import math
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import google_crc32c
 import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
+from transformers import AutoTokenizer
 
 from tests.sampler.conftest import make_prompt
 from tests.sampler.driving import run
@@ -20,7 +23,7 @@ from treadle.internal.v1 import sampler_pb2
 from treadle.tensors import tensor_from_numpy
 from treadle.v1 import sampling_pb2, types_pb2
 from treadle.wire import decode_tokens, encode_tokens
-from treadle_engine.bases import PIP_NAME
+from treadle_engine.bases import PIP_NAME, pip_folder
 from treadle_engine.decode import Decoder
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.decode_requests import SampleRequest
@@ -69,6 +72,32 @@ async def test_streaming_equals_unary(bench: Bench) -> None:
     assert stops == [sampling_pb2.STOP_REASON_LENGTH] * 2
     assert [message.model for message in messages] == [PIP_NAME] + [""] * (len(messages) - 1)
     assert messages[0].prompt_logprobs == whole.prompt_logprobs
+
+
+async def test_the_tokenizer_of_a_base_travels_as_data(
+    bench: Bench, base: DecodeBase, adapters: list[AdapterWeights]
+) -> None:
+    """Whole and checked, by the base's name or a revision's; nothing but its name once it is known; not to others."""
+    model = await bench.publish(base, adapters[0], "one")
+
+    async def fetch(known: str = "", name: str = model, tenant: str = "acme") -> tuple[Any, bytes]:
+        request = sampling_pb2.GetTokenizerRequest(model=name, known_sha256=known)
+        frames = [f async for f in bench.sampling.GetTokenizer(request, metadata=as_tenant(tenant), timeout=60)]
+        assert all(google_crc32c.value(frame.chunk.data) == frame.chunk.crc32c for frame in frames[1:])
+        return frames[0].header, b"".join(frame.chunk.data for frame in frames[1:])
+
+    header, content = await fetch()
+    itself = AutoTokenizer.from_pretrained(str(pip_folder()))
+    assert len(content) == header.size
+    assert content.decode() == itself.backend_tokenizer.to_str()
+    assert (header.chat_template, dict(header.special_tokens)) == (itself.chat_template, itself.special_tokens_map)
+    assert (header.max_context, header.vocab_size) == (base.info.max_context, base.info.vocab_size)
+    assert tuple(header.eos_token_ids) == base.info.eos_token_ids
+    assert await fetch(name=PIP_NAME) == (header, content)
+    assert await fetch(header.sha256) == (header, b"")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await fetch(tenant="nosy")
+    assert from_rpc_error(caught.value).reason == "MODEL_NOT_FOUND"
 
 
 async def test_a_list_is_answered_with_lists(bench: Bench) -> None:

@@ -22,7 +22,7 @@ from treadle.internal.v1 import (
     usage_pb2_grpc,
     workers_pb2_grpc,
 )
-from treadle.v1 import adapters_pb2_grpc, admin_pb2_grpc, training_pb2, types_pb2
+from treadle.v1 import adapters_pb2_grpc, admin_pb2_grpc, datasets_pb2_grpc, training_pb2, types_pb2
 from treadle_service.channels import internal_metadata, open_channel
 from treadle_service.principal import Principal
 from treadle_service.server import serve_in_process
@@ -70,6 +70,7 @@ class Caller:
         self.workers = _Authorized(workers_pb2_grpc.WorkerServiceStub(channel), metadata)
         self.adapters = _Authorized(adapters_pb2_grpc.AdapterServiceStub(channel), metadata)
         self.usage = _Authorized(usage_pb2_grpc.UsageServiceStub(channel), metadata)
+        self.datasets = _Authorized(datasets_pb2_grpc.DatasetServiceStub(channel), metadata)
         self.admin = _Authorized(admin_pb2_grpc.AdminServiceStub(channel), metadata)
 
     def tenant(self, tenant: str, *scopes: str) -> "Caller":

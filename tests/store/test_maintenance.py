@@ -96,7 +96,14 @@ async def test_a_good_store_has_no_problems(settings, clock) -> None:
         with opened(settings) as (engines, blobs):
             report = await asyncio.to_thread(check_store, engines, blobs)
     assert report.problems == []
-    assert report.counts == {"runs": 2, "operations": 6, "adapters": 1, "blobs": 3, "blobs without a row": 1}
+    assert report.counts == {
+        "runs": 2,
+        "operations": 6,
+        "adapters": 1,
+        "completions": 0,
+        "blobs": 3,
+        "blobs without a row": 1,
+    }
 
 
 DAMAGE = [
@@ -325,7 +332,7 @@ async def test_the_commands_do_it(tmp_path, clock: FakeClock) -> None:
 
         assert await call("fsck", *where) == (
             0,
-            "0 problems in 2 runs, 6 operations, 1 adapters, 3 blobs, 1 blobs without a row\n",
+            "0 problems in 2 runs, 6 operations, 1 adapters, 0 completions, 3 blobs, 1 blobs without a row\n",
         )
         assert await call("gc", *where, "--dry-run") == (0, "1 blobs are named by no row\n")
         assert (await call("gc", *where))[1].endswith("0 blobs removed\n")

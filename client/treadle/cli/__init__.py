@@ -14,6 +14,7 @@ COMMANDS = {
     "usage": LazyCommand("treadle.cli.usage:usage", "Show what a tenant has used."),
     "run": LazyCommand("treadle.cli.runs:run", "List, show and delete runs."),
     "adapter": LazyCommand("treadle.cli.adapters:adapter", "List, export and import saved adapters."),
+    "dataset": LazyCommand("treadle.cli.datasets:dataset", "Export completions that were kept, to train on."),
     "sample": LazyCommand("treadle.cli.sample:sample", "Sample from a base or a saved adapter."),
     "store": LazyCommand("treadle.cli.store:store", "Check, clean, copy and restore a store's data."),
     "worker": LazyCommand("treadle.cli.workers:worker", "List the live trainers and samplers, trace what they do."),

@@ -12,7 +12,7 @@ _LIMITS = {
     "max_unfinished_operations": "Operations unfinished at one trainer, or requests at one sampler.",
     "training_tokens_per_minute": "Positions of training passes, over all runs.",
     "sampling_tokens_per_minute": "Prompt tokens and sampled tokens, over all models.",
-    "max_stored_bytes": "Bytes of saved adapters and snapshots.",
+    "max_stored_bytes": "Bytes of saved adapters, snapshots and kept completions.",
 }
 
 
@@ -54,8 +54,35 @@ def list_(place: Place) -> None:
         answer = admin_pb2_grpc.AdminServiceStub(channel).ListTenants(
             admin_pb2.ListTenantsRequest(), metadata=place.metadata, timeout=CALL_SECONDS
         )
-    rows = [{"tenant": found.tenant, "created": found.created.ToJsonString()} for found in answer.tenants]
+    rows = [
+        {
+            "tenant": found.tenant,
+            "created": found.created.ToJsonString(),
+            "store_completions": found.store_completions,
+        }
+        for found in answer.tenants
+    ]
     print_rows(place, rows, "no tenants")
+
+
+@tenant.command()
+@click.argument("name")
+@click.option(
+    "--store-completions/--no-store-completions",
+    required=True,
+    help="Whether chat completions are kept when a request asks for it; what is kept already stays.",
+)
+@place_options
+def consent(place: Place, name: str, *, store_completions: bool) -> None:
+    """Say what the tenant NAME agrees to."""
+    from treadle.v1 import admin_pb2, admin_pb2_grpc
+
+    with open_channel(place) as channel:
+        request = admin_pb2.UpdateTenantRequest(tenant=name, store_completions=store_completions)
+        changed = admin_pb2_grpc.AdminServiceStub(channel).UpdateTenant(
+            request, metadata=place.metadata, timeout=CALL_SECONDS
+        )
+    print_row(place, {"tenant": changed.tenant.tenant, "store_completions": changed.tenant.store_completions})
 
 
 def _limit_options(command: click.decorators.FC) -> click.decorators.FC:

@@ -21,12 +21,14 @@ WORKER_KIND_TRAINER: WorkerKind
 WORKER_KIND_SAMPLER: WorkerKind
 
 class Tenant(_message.Message):
-    __slots__ = ("tenant", "created")
+    __slots__ = ("tenant", "created", "store_completions")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
+    STORE_COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     created: _timestamp_pb2.Timestamp
-    def __init__(self, tenant: _Optional[str] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    store_completions: bool
+    def __init__(self, tenant: _Optional[str] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., store_completions: bool = ...) -> None: ...
 
 class Key(_message.Message):
     __slots__ = ("key_id", "tenant", "scopes", "created", "expires", "revoked")
@@ -111,6 +113,20 @@ class CreateTenantRequest(_message.Message):
     def __init__(self, tenant: _Optional[str] = ...) -> None: ...
 
 class CreateTenantResponse(_message.Message):
+    __slots__ = ("tenant",)
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    tenant: Tenant
+    def __init__(self, tenant: _Optional[_Union[Tenant, _Mapping]] = ...) -> None: ...
+
+class UpdateTenantRequest(_message.Message):
+    __slots__ = ("tenant", "store_completions")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    STORE_COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    store_completions: bool
+    def __init__(self, tenant: _Optional[str] = ..., store_completions: bool = ...) -> None: ...
+
+class UpdateTenantResponse(_message.Message):
     __slots__ = ("tenant",)
     TENANT_FIELD_NUMBER: _ClassVar[int]
     tenant: Tenant

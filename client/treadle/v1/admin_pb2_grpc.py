@@ -41,6 +41,11 @@ class AdminServiceStub(object):
                 request_serializer=treadle_dot_v1_dot_admin__pb2.CreateTenantRequest.SerializeToString,
                 response_deserializer=treadle_dot_v1_dot_admin__pb2.CreateTenantResponse.FromString,
                 _registered_method=True)
+        self.UpdateTenant = channel.unary_unary(
+                '/treadle.v1.AdminService/UpdateTenant',
+                request_serializer=treadle_dot_v1_dot_admin__pb2.UpdateTenantRequest.SerializeToString,
+                response_deserializer=treadle_dot_v1_dot_admin__pb2.UpdateTenantResponse.FromString,
+                _registered_method=True)
         self.ListTenants = channel.unary_unary(
                 '/treadle.v1.AdminService/ListTenants',
                 request_serializer=treadle_dot_v1_dot_admin__pb2.ListTenantsRequest.SerializeToString,
@@ -95,6 +100,13 @@ class AdminServiceServicer(object):
 
     def CreateTenant(self, request, context):
         """Creates a tenant. Errors: BAD_NAME, TENANT_EXISTS.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateTenant(self, request, context):
+        """Changes the settings of a tenant that are given. Errors: TENANT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -171,6 +183,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=treadle_dot_v1_dot_admin__pb2.CreateTenantRequest.FromString,
                     response_serializer=treadle_dot_v1_dot_admin__pb2.CreateTenantResponse.SerializeToString,
             ),
+            'UpdateTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateTenant,
+                    request_deserializer=treadle_dot_v1_dot_admin__pb2.UpdateTenantRequest.FromString,
+                    response_serializer=treadle_dot_v1_dot_admin__pb2.UpdateTenantResponse.SerializeToString,
+            ),
             'ListTenants': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTenants,
                     request_deserializer=treadle_dot_v1_dot_admin__pb2.ListTenantsRequest.FromString,
@@ -246,6 +263,33 @@ class AdminService(object):
             '/treadle.v1.AdminService/CreateTenant',
             treadle_dot_v1_dot_admin__pb2.CreateTenantRequest.SerializeToString,
             treadle_dot_v1_dot_admin__pb2.CreateTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.v1.AdminService/UpdateTenant',
+            treadle_dot_v1_dot_admin__pb2.UpdateTenantRequest.SerializeToString,
+            treadle_dot_v1_dot_admin__pb2.UpdateTenantResponse.FromString,
             options,
             channel_credentials,
             insecure,

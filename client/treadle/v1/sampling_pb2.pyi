@@ -167,3 +167,52 @@ class ComputeLogprobsResponse(_message.Message):
     logprobs_list: _containers.RepeatedScalarFieldContainer[float]
     model: str
     def __init__(self, logprobs: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., logprobs_list: _Optional[_Iterable[float]] = ..., model: _Optional[str] = ...) -> None: ...
+
+class GetTokenizerRequest(_message.Message):
+    __slots__ = ("model", "known_sha256")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_SHA256_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    known_sha256: str
+    def __init__(self, model: _Optional[str] = ..., known_sha256: _Optional[str] = ...) -> None: ...
+
+class TokenizerHeader(_message.Message):
+    __slots__ = ("sha256", "size", "chat_template", "special_tokens", "eos_token_ids", "max_context", "vocab_size")
+    class SpecialTokensEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    sha256: str
+    size: int
+    chat_template: str
+    special_tokens: _containers.ScalarMap[str, str]
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    max_context: int
+    vocab_size: int
+    def __init__(self, sha256: _Optional[str] = ..., size: _Optional[int] = ..., chat_template: _Optional[str] = ..., special_tokens: _Optional[_Mapping[str, str]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., max_context: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+
+class TokenizerChunk(_message.Message):
+    __slots__ = ("crc32c", "data")
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    crc32c: int
+    data: bytes
+    def __init__(self, crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class GetTokenizerResponse(_message.Message):
+    __slots__ = ("header", "chunk")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    header: TokenizerHeader
+    chunk: TokenizerChunk
+    def __init__(self, header: _Optional[_Union[TokenizerHeader, _Mapping]] = ..., chunk: _Optional[_Union[TokenizerChunk, _Mapping]] = ...) -> None: ...

@@ -50,6 +50,11 @@ class SamplingServiceStub(object):
                 request_serializer=treadle_dot_v1_dot_sampling__pb2.ComputeLogprobsRequest.SerializeToString,
                 response_deserializer=treadle_dot_v1_dot_sampling__pb2.ComputeLogprobsResponse.FromString,
                 _registered_method=True)
+        self.GetTokenizer = channel.unary_stream(
+                '/treadle.v1.SamplingService/GetTokenizer',
+                request_serializer=treadle_dot_v1_dot_sampling__pb2.GetTokenizerRequest.SerializeToString,
+                response_deserializer=treadle_dot_v1_dot_sampling__pb2.GetTokenizerResponse.FromString,
+                _registered_method=True)
 
 
 class SamplingServiceServicer(object):
@@ -78,6 +83,14 @@ class SamplingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTokenizer(self, request, context):
+        """The tokenizer and chat template of a model's base: a header, then the chunks of its tokenizer.json.
+        Errors: MODEL_NOT_FOUND, UNKNOWN_BASE (a base without such a tokenizer).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SamplingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +108,11 @@ def add_SamplingServiceServicer_to_server(servicer, server):
                     servicer.ComputeLogprobs,
                     request_deserializer=treadle_dot_v1_dot_sampling__pb2.ComputeLogprobsRequest.FromString,
                     response_serializer=treadle_dot_v1_dot_sampling__pb2.ComputeLogprobsResponse.SerializeToString,
+            ),
+            'GetTokenizer': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetTokenizer,
+                    request_deserializer=treadle_dot_v1_dot_sampling__pb2.GetTokenizerRequest.FromString,
+                    response_serializer=treadle_dot_v1_dot_sampling__pb2.GetTokenizerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +197,33 @@ class SamplingService(object):
             '/treadle.v1.SamplingService/ComputeLogprobs',
             treadle_dot_v1_dot_sampling__pb2.ComputeLogprobsRequest.SerializeToString,
             treadle_dot_v1_dot_sampling__pb2.ComputeLogprobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/treadle.v1.SamplingService/GetTokenizer',
+            treadle_dot_v1_dot_sampling__pb2.GetTokenizerRequest.SerializeToString,
+            treadle_dot_v1_dot_sampling__pb2.GetTokenizerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,10 @@ class SamplingServiceStub:
     """The same, token by token."""
     ComputeLogprobs: _grpc.UnaryUnaryMultiCallable[_sampling_pb2.ComputeLogprobsRequest, _sampling_pb2.ComputeLogprobsResponse]
     """Log-probability of each token of a sequence given those before it, without decoding."""
+    GetTokenizer: _grpc.UnaryStreamMultiCallable[_sampling_pb2.GetTokenizerRequest, _sampling_pb2.GetTokenizerResponse]
+    """The tokenizer and chat template of a model's base: a header, then the chunks of its tokenizer.json.
+    Errors: MODEL_NOT_FOUND, UNKNOWN_BASE (a base without such a tokenizer).
+    """
 
 @_typing.type_check_only
 class SamplingServiceAsyncStub(SamplingServiceStub):
@@ -55,6 +59,10 @@ class SamplingServiceAsyncStub(SamplingServiceStub):
     """The same, token by token."""
     ComputeLogprobs: _aio.UnaryUnaryMultiCallable[_sampling_pb2.ComputeLogprobsRequest, _sampling_pb2.ComputeLogprobsResponse]  # type: ignore[assignment]
     """Log-probability of each token of a sequence given those before it, without decoding."""
+    GetTokenizer: _aio.UnaryStreamMultiCallable[_sampling_pb2.GetTokenizerRequest, _sampling_pb2.GetTokenizerResponse]  # type: ignore[assignment]
+    """The tokenizer and chat template of a model's base: a header, then the chunks of its tokenizer.json.
+    Errors: MODEL_NOT_FOUND, UNKNOWN_BASE (a base without such a tokenizer).
+    """
 
 class SamplingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates tokens and computes log-probabilities."""
@@ -84,5 +92,15 @@ class SamplingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sampling_pb2.ComputeLogprobsResponse, _abc.Awaitable[_sampling_pb2.ComputeLogprobsResponse]]:
         """Log-probability of each token of a sequence given those before it, without decoding."""
+
+    @_abc_1.abstractmethod
+    def GetTokenizer(
+        self,
+        request: _sampling_pb2.GetTokenizerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_sampling_pb2.GetTokenizerResponse], _abc.AsyncIterator[_sampling_pb2.GetTokenizerResponse]]:
+        """The tokenizer and chat template of a model's base: a header, then the chunks of its tokenizer.json.
+        Errors: MODEL_NOT_FOUND, UNKNOWN_BASE (a base without such a tokenizer).
+        """
 
 def add_SamplingServiceServicer_to_server(servicer: SamplingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
