@@ -12,12 +12,12 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from treadle_gateway.authenticator import Authenticator
-from treadle_gateway.http import tinker
+from treadle_gateway.http import openai, tinker
 from treadle_gateway.http.faces import Face, HttpGateway, json_response
 from treadle_gateway.http.guard import Guard, endpoint_app
 
 # In this order; a face at "/" comes last.
-MAKERS: Final[Sequence[Callable[[HttpGateway], Face]]] = (tinker.make_face,)
+MAKERS: Final[Sequence[Callable[[HttpGateway], Face]]] = (tinker.make_face, openai.make_face)
 
 
 def make_faces(gateway: HttpGateway) -> list[Face]:
