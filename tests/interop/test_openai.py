@@ -1,8 +1,6 @@
 """The real `openai` client against a deployment: completions, chat, streams, models, errors, what is kept."""
 
 import asyncio
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import openai
 import pytest
 
+from tests.interop.conftest import ALIAS, BASE
 from tests.support.cluster import Cluster
 from treadle import AdamParams, Datum, ModelInput, SamplingParams, ServiceClient, TensorData
 from treadle.internal.v1 import sampler_pb2, sampler_pb2_grpc
@@ -23,8 +22,6 @@ from treadle.v1 import admin_pb2, admin_pb2_grpc
 from treadle_engine.bases import pip_folder
 from treadle_service.channels import internal_metadata
 
-BASE = "treadle/pip"
-ALIAS = "gpt-of-the-house"
 ASK = [{"role": "user", "content": "What is the capital of Italy?"}]
 PATIENCE = 120.0
 
@@ -59,15 +56,9 @@ class User:
 
 
 @pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four services with an alias, shared by this file; tenants are the tests' own."""
-    aliases = {"TREADLE_GATEWAY_MODEL_ALIASES": json.dumps({ALIAS: BASE})}
-    running = Cluster(tmp_path_factory.mktemp("openai"), settings=aliases)
-    try:
-        running.start()
-        yield running
-    finally:
-        running.close()
+def deployment(tinker_cluster: Cluster) -> Cluster:
+    """The services of this folder's tests, which serve the tiny base under another name too."""
+    return tinker_cluster
 
 
 @pytest.fixture

@@ -82,19 +82,21 @@ def test_what_never_becomes_a_character_shows_at_once_and_at_the_end():
     st.text("abc", min_size=0, max_size=25), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3)
 )
 def test_a_stop_string_is_found_wherever_token_borders_lie(text, stops):
-    """What is shown is the text before the first one, and nothing of it is shown too early."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    wanted = text[: min(places)] if places else text
+    """At the token that completes one the text ends before the first, and nothing of it is shown too early."""
     for size in (1, 2, 5):
-        stream = TextStream[int](stops)
         parts = [text[at : at + size] for at in range(0, len(text), size)]
+        wanted, so_far = text, ""
+        for part in parts:
+            so_far += part
+            if places := [place for stop in stops if (place := so_far.find(stop)) >= 0]:
+                wanted = so_far[: min(places)]
+                break
+        stream = TextStream[int](stops)
         shown = ""
         for number, part in enumerate(parts):
             shown += stream.push(number, part.encode()).text
             assert wanted.startswith(shown)
-            if stream.stopped:
-                # Found as soon as its last character is there.
-                assert any(stop in "".join(parts[: number + 1]) for stop in stops)
+            assert stream.stopped == any(stop in "".join(parts[: number + 1]) for stop in stops)
         assert shown + stream.finish().text == wanted
 
 

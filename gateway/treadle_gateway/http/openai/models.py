@@ -11,19 +11,18 @@
 Knows nothing of prompts.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from treadle.errors import TreadleError
-from treadle.names import RunName, is_adapter, parse_run
+from treadle.names import is_adapter, parse_run
 from treadle.v1 import adapters_pb2, admin_pb2
 from treadle_gateway.directory import Directory, model_not_found
+from treadle_gateway.http.tinker.ids import SCHEME, parse_path
 from treadle_gateway.local_calls import LocalCalls
 from treadle_service.principal import current_principal
 
-_TINKER: Final = re.compile(r"tinker://([^/]+)/sampler_weights/([^/]+)")
 # Revisions that a list of models shows; a run's own list has all.
 _LISTED: Final = 500
 _OWNER: Final = "treadle"
@@ -108,9 +107,8 @@ def _is_run(name: str) -> bool:
 
 
 def _from_tinker(name: str, tenant: str) -> str:
-    """Returns the Treadle name of a tinker:// path; other names as they are. A run's id has dots for its colons."""
-    match = _TINKER.fullmatch(name)
-    return f"{RunName(tenant, match[1].replace(':', '.'))}/revisions/{match[2]}" if match else name
+    """Returns the Treadle name of a tinker:// path; other names as they are. Raises BAD_NAME."""
+    return str(parse_path(name, tenant)) if name.startswith(SCHEME) else name
 
 
 def _revision(
