@@ -18,6 +18,7 @@ NAMES = (
     "foundation",
     "lora",
     "memory",
+    "openai_face",
     "recovery",
     "rl",
     "sampling",

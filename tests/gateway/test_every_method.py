@@ -44,7 +44,7 @@ async def expired_key(front: Front):
     """Returns the metadata of a key that had all scopes and has ended."""
     admin = admin_pb2_grpc.AdminServiceStub(front.channel)
     expires = Timestamp()
-    expires.FromMilliseconds(int(time.time() * 1000) + 150)
+    expires.FromMilliseconds(int(time.time() * 1000) + 1000)
     request = admin_pb2.CreateKeyRequest(tenant="admin", scopes=sorted(SCOPES), expires=expires)
     made = await admin.CreateKey(request, metadata=front.admin)
     metadata = bearer(made.secret)

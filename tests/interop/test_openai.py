@@ -126,6 +126,15 @@ def test_a_chat_completion_is_the_sample_of_the_templates_prompt(user: User, tok
     assert (again.model, again.choices[0].finish_reason) == (BASE, "length")
 
 
+def test_the_program_of_the_page_prints_what_it_says(user: User, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "openai.md").read_text()
+    program = page.partition("```python\n")[2].partition("```")[0]
+    said = program.rpartition("  # ")[2]
+    program = program.replace("127.0.0.1:7680", user.cluster.http_address).replace("treadle_acme_...", user.key)
+    exec(program, {})
+    assert capsys.readouterr().out == said
+
+
 def test_a_long_prompt_that_was_seen_is_told_as_cached(user: User, tokenizer):
     prompt = tokenizer.encode(" ".join(["the fox saw a boat"] * 30))
     client = user.client()

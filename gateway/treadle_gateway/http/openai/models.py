@@ -48,8 +48,7 @@ class Models:
         """Returns what a name means to the caller; MODEL_NOT_FOUND for all that is not there, or not the caller's."""
         principal = current_principal()
         wanted_base, divider, rest = name.partition(";")
-        exact = _from_tinker(rest if divider else name, principal.tenant)
-        exact = self._aliases.get(exact, exact)
+        exact = self.exact_name(rest if divider else name)
         if _is_run(exact):
             exact = await self._newest(exact, name)
         try:
@@ -60,6 +59,11 @@ class Models:
         if divider and (not is_adapter(exact) or base != self._aliases.get(wanted_base, wanted_base)):
             raise model_not_found(name)
         return Model(exact, base)
+
+    def exact_name(self, name: str) -> str:
+        """Returns what answers call a base or revision, whether there is one or not; BAD_NAME for a bad path."""
+        exact = _from_tinker(name, current_principal().tenant)
+        return self._aliases.get(exact, exact)
 
     async def describe(self, name: str) -> dict[str, Any]:
         """Returns one model as OpenAI shows it."""

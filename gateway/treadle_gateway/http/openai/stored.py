@@ -51,7 +51,7 @@ class Stored:
         query = _Query(request)
         metadata = {match[1]: value for name, value in query.rest.items() if (match := _METADATA.fullmatch(name))}
         query.refuse_others(metadata)
-        model = (await self._models.find(query.model)).name if query.model else ""
+        model = self._models.exact_name(query.model) if query.model else ""
         wanted = datasets_pb2.CompletionFilter(model=model, metadata=metadata)
         page = await self._calls.datasets.ListCompletions(
             datasets_pb2.ListCompletionsRequest(
