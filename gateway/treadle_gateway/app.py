@@ -75,7 +75,12 @@ async def _serving_http(
     host: ServiceHost, settings: GatewaySettings, gateway: Gateway, directory: Directory
 ) -> AsyncIterator[None]:
     authenticator = next(i.authenticator for i in host.interceptors if isinstance(i, AuthInterceptor))
-    faces = make_faces(HttpGateway(settings, LocalCalls(gateway.handlers(), authenticator), directory))
+
+    def address() -> str:
+        return settings.jobs_address or f"{'https://' if settings.http_tls else ''}{host.address}"
+
+    calls = LocalCalls(gateway.handlers(), authenticator)
+    faces = make_faces(HttpGateway(settings, calls, directory, authenticator, address))
     server = HttpServer(make_app(faces, authenticator), settings)
     host.on_drain(server.stop)
     for face in faces:

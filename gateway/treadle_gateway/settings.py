@@ -26,6 +26,21 @@ class GatewaySettings(ServiceSettings):
     max_samples_per_tenant: int = Field(
         4096, ge=1, description="sampling requests that one tenant may have under way over the Tinker face"
     )
+    dashboard: bool = Field(True, description="serve the dashboard under / of HTTP")
+    price_per_million_tokens: float = Field(
+        0.0,
+        ge=0,
+        description="price that the dashboard shows of tokens, trained and sampled alike; 0 for none",
+    )
+    jobs_dir: Path | None = Field(
+        None, description="folder for files that jobs were started with on the dashboard; unset: a temporary one"
+    )
+    jobs_address: str = Field(
+        "", description="host:port or https://host:port under which jobs reach this gateway; empty: where it listens"
+    )
+    max_jobs: int = Field(4, ge=0, description="jobs that run at once beside this gateway; 0 for none")
+    max_jobs_per_tenant: int = Field(2, ge=0, description="of those, jobs of one tenant")
+    max_upload_bytes: int = Field(64 * 2**20, ge=1, description="longest file that a job may be started with")
     store_address: str = Field("127.0.0.1:7630", description="host:port of the adapter store")
     refresh_seconds: float = Field(1.0, gt=0, description="time between two looks at the list of live workers")
     key_cache_seconds: float = Field(

@@ -12,12 +12,11 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from treadle_gateway.authenticator import Authenticator
-from treadle_gateway.http import openai, tinker
+from treadle_gateway.http import dashboard, openai, tinker
 from treadle_gateway.http.faces import Face, HttpGateway, json_response
 from treadle_gateway.http.guard import Guard, endpoint_app
 
-# In this order; a face at "/" comes last.
-MAKERS: Final[Sequence[Callable[[HttpGateway], Face]]] = (tinker.make_face, openai.make_face)
+MAKERS: Final[Sequence[Callable[[HttpGateway], Face]]] = (tinker.make_face, openai.make_face, dashboard.make_face)
 
 
 def make_faces(gateway: HttpGateway) -> list[Face]:
@@ -28,6 +27,8 @@ def make_faces(gateway: HttpGateway) -> list[Face]:
 def make_app(faces: Sequence[Face], authenticator: Authenticator) -> Starlette:
     """Returns the application that serves the faces."""
     routes = [route for face in faces for route in _routes_of(face, authenticator)]
+    # What takes every path leaves the others theirs.
+    routes.sort(key=lambda route: isinstance(route, Mount) and not route.path)
     return Starlette(routes=routes, exception_handlers={404: _not_served, 405: _not_served})
 
 

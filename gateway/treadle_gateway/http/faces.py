@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from treadle.errors import TreadleError
+from treadle_gateway.authenticator import Authenticator
 from treadle_gateway.directory import Directory
 from treadle_gateway.local_calls import LocalCalls
 from treadle_gateway.settings import GatewaySettings
@@ -32,6 +33,9 @@ class HttpGateway:
     settings: GatewaySettings
     calls: LocalCalls
     directory: Directory
+    authenticator: Authenticator
+    # Where this gateway's gRPC side is, once it is served; https:// before it with TLS.
+    address: Callable[[], str]
 
 
 @dataclass(frozen=True, slots=True)
