@@ -6,18 +6,16 @@ Knows nothing of what is in the files.
 
 import asyncio
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import google_crc32c
 
 from treadle.channel import Transport
 from treadle.convert import adapter_from
-from treadle.errors import BadInputError, ConflictError, ServerError
+from treadle.downloads import Download, Progress
+from treadle.errors import BadInputError, ConflictError
 from treadle.names import check_id, parse_adapter, parse_run
 from treadle.records import AdapterInfo
 from treadle.v1 import adapters_pb2, adapters_pb2_grpc
@@ -70,14 +68,18 @@ class AdapterCalls:
         else:
             self._transport.call(self._adapters.DeleteCheckpoint, adapters_pb2.DeleteCheckpointRequest(name=name))
 
-    def pull_adapter(self, name: str, folder: str | Path) -> Path:
-        """Downloads a revision or checkpoint as a PEFT folder, which must not exist or be empty; returns it."""
-        parse_adapter(name)
+    def pull_adapter(self, name: str, folder: str | Path, on_progress: Progress | None = None) -> Path:
+        """Downloads a revision or checkpoint as a PEFT folder, which must not exist or be empty; returns it.
+
+        A broken connection is taken up again where it broke, also by a later call with the same folder.
+        `on_progress(done, total)` hears of bytes, from the SDK's own thread.
+        """
+        info = self.get_adapter(name)
         target = Path(folder)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConflictError(f"{target} is there already; give a folder that is empty or does not exist")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._transport.wait(self._transport.retried(lambda: self._pull(name, target)))
+        download = Download(info, target, on_progress)
+        self._transport.wait(self._transport.retried(lambda: self._pull(download)))
         return target
 
     def push_adapter(self, run: str, folder: str | Path, revision_id: str) -> AdapterInfo:
@@ -111,62 +113,18 @@ class AdapterCalls:
         )
         return checkpoint.checkpoint
 
-    async def _pull(self, name: str, target: Path) -> None:
-        """Writes all files beside the target and renames the folder when it is whole."""
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    async def _pull(self, download: Download) -> None:
         stream: Callable[..., Any] = self._files.PullAdapter
-        call = stream(adapters_pb2.PullAdapterRequest(name=name), metadata=self._transport.metadata)
-        files: list[_IncomingFile] = []
-        try:
-            async for response in call:
-                frame = response.WhichOneof("frame")
-                if frame == "file":
-                    files.append(_IncomingFile(partial, response.file))
-                elif frame == "chunk":
-                    if not files:
-                        raise ServerError("a chunk came before its file's header", "FRAME_SIZE_MISMATCH")
-                    await asyncio.to_thread(files[-1].write, response.chunk)
-            for file in files:
-                await asyncio.to_thread(file.finish)
-            partial.chmod(0o755)
-            os.replace(partial, target)
-        finally:
-            call.cancel()
-            for file in files:
-                file.close()
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-class _IncomingFile:
-    """A file that is being received; checks what it gets."""
-
-    def __init__(self, folder: Path, header: adapters_pb2.AdapterFile) -> None:
-        if Path(header.path).name != header.path or header.path in ("", ".", ".."):
-            raise ServerError(f"the service sent a file called {header.path[:100]!r}", "BAD_ADAPTER_FILE")
-        self._header = header
-        self._file: BinaryIO = (folder / header.path).open("xb")
-        self._digest = hashlib.sha256()
-        self._size = 0
-
-    def write(self, chunk: adapters_pb2.FileChunk) -> None:
-        """Appends a chunk; raises ServerError when its checksum does not fit."""
-        data = chunk.data
-        if google_crc32c.value(data) != chunk.crc32c:
-            raise ServerError(f"a chunk of {self._header.path} was damaged on its way", "CHECKSUM_MISMATCH")
-        self._file.write(data)
-        self._digest.update(data)
-        self._size += len(data)
-
-    def finish(self) -> None:
-        """Checks the whole file and forces it to disk; raises ServerError when it is not what was announced."""
-        if (self._size, self._digest.hexdigest()) != (self._header.size, self._header.sha256):
-            raise ServerError(f"{self._header.path} is not what the service announced", "CHECKSUM_MISMATCH")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Closes the file; may be called twice."""
-        self._file.close()
+        for path, offset in download.begin():
+            request = adapters_pb2.PullAdapterRequest(name=download.name, path=path, offset=offset)
+            call = stream(request, metadata=self._transport.metadata)
+            try:
+                async for response in call:
+                    await asyncio.to_thread(download.take, response)
+            finally:
+                call.cancel()
+                download.close()
+        await asyncio.to_thread(download.finish)
 
 
 async def _push_frames(

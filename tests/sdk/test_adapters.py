@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support.cluster import Cluster
+from tests.support.proxy import TroubleProxy
 from treadle import AdamParams, Datum, ModelInput, ServiceClient, TrainingClient
-from treadle.errors import AccessError, BadNameError, ConflictError, NotFoundError, TreadleError
+from treadle.errors import AccessError, BadNameError, ConflictError, NotFoundError, TreadleError, UnavailableError
+from treadle.settings import client_settings
 
 BASE = "treadle/pip"
 
@@ -96,6 +99,47 @@ def test_an_interrupted_download_leaves_nothing_behind(service: ServiceClient, t
     with pytest.raises(NotFoundError):
         service.pull_adapter(f"{client.run}/revisions/none", tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_download_goes_on_where_it_broke(cluster: Cluster, tmp_path: Path) -> None:
+    """Over a connection that is cut in the middle, and again by a later call after that one gave up."""
+    key = cluster.new_tenant()
+    with ServiceClient(cluster.gateway_address, key) as service:
+        client = service.create_lora_training_client(BASE, rank=512)
+        saved = client.save_weights_for_sampler("big").result(60).path
+        size = sum(file.size for file in service.get_adapter(saved).files)
+        whole = service.pull_adapter(saved, tmp_path / "whole")
+    assert size > 8 * 2**20
+    with TroubleProxy(cluster.gateway_address) as proxy:
+        patient = client_settings(proxy.address, key)
+        hasty = replace(patient, retry_seconds=0.0)
+        target = tmp_path / "adapter"
+        seen: list[int] = []
+        cut = 0
+
+        def cut_twice(done: int, total: int) -> None:
+            nonlocal cut
+            assert total == size
+            seen.append(done)
+            if cut < 2 and done > (cut + 1) * size / 4:
+                cut += 1
+                proxy.cut()
+
+        with ServiceClient(settings=hasty) as other, pytest.raises(UnavailableError):
+            other.pull_adapter(saved, target, cut_twice)
+        assert not target.exists()
+        before = seen[-1]
+        assert 0 < before < size
+        seen.clear()
+        with ServiceClient(settings=patient) as other:
+            other.pull_adapter(saved, target, cut_twice)
+    assert cut == 2
+    assert seen[0] == before
+    assert seen == sorted(seen)
+    assert seen[-1] == size
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "whole"}
+    for path in whole.iterdir():
+        assert (target / path.name).read_bytes() == path.read_bytes()
 
 
 def test_an_administrator_makes_tenants_and_keys(cluster: Cluster) -> None:
