@@ -33,7 +33,7 @@ def test_it_learns_from_a_file(service: ServiceClient, tokenizer) -> None:
     assert losses[0] > 5
     assert result.loss == losses[-1] < 0.2
     assert result.eval_loss == held_out[-1] < 0.5
-    assert any("<answer>" in text for report in seen.reports[-3:] for text in report.samples)
+    assert any("<answer>" in text.response for report in seen.reports[-3:] for text in report.samples)
     sampler = service.create_sampling_client(result.revision)
     questions = ("What is the capital of Norway?", "What is a baby horse called?", "What does a frog say?")
     answers = []

@@ -37,10 +37,13 @@ def choose_pack(lengths: Sequence[int], token_budget: int) -> int:
     return max(*lengths, min(token_budget, _LARGEST_PACK, sum(lengths) // _STEPS_PER_EPOCH))
 
 
-def choose_learning_rate(num_parameters: int) -> float:
-    """Returns Adam's peak learning rate for an adapter on a base of this size, with two digits."""
+def choose_learning_rate(num_parameters: int, share: float = 1.0) -> float:
+    """Returns Adam's peak learning rate for an adapter on a base of this size, with two digits.
+
+    `share` is for methods whose gradients are noisier than those of supervised learning.
+    """
     rate = _KNOWN_RATE * (_KNOWN_SIZE / max(1, num_parameters)) ** _SLOPE
-    return float(f"{min(max(rate, _RATES[0]), _RATES[1]):.1e}")
+    return float(f"{share * min(max(rate, _RATES[0]), _RATES[1]):.1e}")
 
 
 def learning_rate_at(step: int, steps: int, peak: float, schedule: Schedule, warmup: int) -> float:

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treadle.recipes.chat import ChatTokenizer, Message
-from treadle.recipes.configs import DataConfig, OverLong, TrainOn
+from treadle.recipes.configs import DataConfig, DpoConfig, OverLong, TrainOn
 from treadle.recipes.rows import DataError, Row
 from treadle.types import Datum, ModelInput, TensorData
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+_PLAIN: Final = {chat: DataConfig(chat=chat) for chat in (False, True)}
 _RESPONSES: Final = ("response", "completion", "output", "answer")
 
 
@@ -126,6 +127,24 @@ def encode_row(tokenizer: ChatTokenizer, row: Row, config: DataConfig, train_on:
     return encode_segments(tokenizer, segments, row.where)
 
 
+def encode_pair(tokenizer: ChatTokenizer, row: Row, config: DpoConfig) -> tuple[Example, Example]:
+    """Returns the chosen and the rejected response to one prompt, of which the last message counts.
+
+    Either side is a text, or messages: those of the answer alone, or the whole conversation.
+
+    Raises:
+        DataError: the row cannot be used.
+    """
+    sides = []
+    for column in (config.chosen_column, config.rejected_column):
+        if row.values.get(column) is None:
+            raise row.error(f"there is no such column; there are {', '.join(row.values)}", column)
+        answer = _as_messages(row, column, "assistant")
+        whole = answer if answer[0]["role"] != "assistant" else [*prompt_of(row, config), *answer]
+        sides.append(encode_row(tokenizer, Row({"messages": whole}, row.where), _PLAIN[config.chat], "last"))
+    return sides[0], sides[1]
+
+
 def encode_segments(tokenizer: ChatTokenizer, segments: Sequence[Segment], where: str) -> Example:
     """Returns pieces of text as one sequence; each is encoded by itself, so that borders are those of sampling."""
     parts = [(tokenizer.encode(text, add_special_tokens=False), learned) for text, learned in segments if text]
@@ -163,6 +182,23 @@ def fit(examples: Sequence[Example], max_length: int, over_long: OverLong) -> tu
             cuts.tokens_trimmed += excess
         else:
             cuts.num_dropped += 1
+    return kept, cuts
+
+
+def fit_pairs(
+    pairs: Sequence[tuple[Example, Example]], max_length: int, over_long: OverLong
+) -> tuple[list[tuple[Example, Example]], Cuts]:
+    """Returns the pairs of which both sides are left after `fit`, and what was cut."""
+    cuts = Cuts(max_length)
+    kept = []
+    for pair in pairs:
+        sides, cut = fit(pair, max_length, over_long)
+        cuts.num_trimmed += cut.num_trimmed
+        cuts.tokens_trimmed += cut.tokens_trimmed
+        cuts.num_dropped += len(sides) < 2
+        cuts.longest += cut.longest[: max(0, 3 - len(cuts.longest))]
+        if len(sides) == 2:
+            kept.append((sides[0], sides[1]))
     return kept, cuts
 
 

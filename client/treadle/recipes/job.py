@@ -6,17 +6,20 @@ named `step-000040`. Knows nothing of data and losses.
 
 import contextlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Self
 
 from treadle.client import ServiceClient
 from treadle.errors import BadInputError, ConflictError, NotFoundError
 from treadle.names import parse_adapter
+from treadle.recipes.batches import learning_rate_at
 from treadle.recipes.configs import TrainConfig, describe
-from treadle.recipes.reports import Observer
-from treadle.records import RunInfo, SupportedModel
+from treadle.recipes.reports import Observer, Report
+from treadle.records import RunInfo, SupportedModel, TextSample
 from treadle.sampling import SamplingClient
 from treadle.training import TrainingClient
+from treadle.types import AdamParams
 
 FINAL: Final = "final"
 BEST: Final = "best-"
@@ -34,15 +37,38 @@ class StoppedError(Exception):
 
 
 class Job:
-    """One recipe's run: its training client, what was planned for it, and how many steps are done."""
+    """One recipe's run: its training client, what was planned for it, how many steps are done, and who watches."""
 
-    def __init__(self, service: ServiceClient, training: TrainingClient, plan: Plan, done: int, every: int) -> None:
-        self.service, self.training, self.plan, self.done = service, training, plan, done
-        self._every = every
+    def __init__(self, service: ServiceClient, training: TrainingClient, plan: Plan, observer: Observer) -> None:
+        self.service, self.training, self.plan, self.observer = service, training, plan, observer
+        self.done = 0
         self._saved: list[str] = []
+        self._mark = time.monotonic()
 
     @classmethod
-    def start(cls, service: ServiceClient, recipe: str, config: TrainConfig, base: str, plan: Plan) -> Self:
+    def open(
+        cls, service: ServiceClient, recipe: str, config: TrainConfig, base: str, plan: Plan, observer: Observer
+    ) -> Self:
+        """Makes a run, or goes on with the one that `config.resume` asks for, whose own plan then holds.
+
+        Raises:
+            ConflictError: the run is finished, or was made from other settings or other data.
+        """
+        found = find_resumable(service, recipe, config, observer)
+        if found is None:
+            job = cls._start(service, recipe, config, base, plan, observer)
+        else:
+            job = cls._resume(service, found, observer)
+            if job.plan["digest"] != plan["digest"]:
+                raise ConflictError(f"{found.name} was made from other data than {config.data} is now")
+        observer.started(job.training.run, job.plan, job.done)
+        job._mark = time.monotonic()
+        return job
+
+    @classmethod
+    def _start(
+        cls, service: ServiceClient, recipe: str, config: TrainConfig, base: str, plan: Plan, observer: Observer
+    ) -> Self:
         """Makes a new run, which remembers settings and plan."""
         metadata = {"recipe": recipe, "config": json.dumps(describe(config)), "plan": json.dumps(plan)}
         if config.name:
@@ -53,10 +79,10 @@ class Job:
             training = service.create_lora_training_client(
                 base, config.rank, config.seed, True, True, config.train_unembed, metadata, config.alpha
             )
-        return cls(service, training, plan, 0, config.checkpoint_every)
+        return cls(service, training, plan, observer)
 
     @classmethod
-    def resume(cls, service: ServiceClient, run: RunInfo, every: int) -> Self:
+    def _resume(cls, service: ServiceClient, run: RunInfo, observer: Observer) -> Self:
         """Goes back to the run's newest checkpoint, or to its start when there is none.
 
         Raises:
@@ -68,15 +94,20 @@ class Job:
         steps = {step: name for name, step in _checkpoints(service, run.name, _STEP)}
         if not steps:
             raise ConflictError(f"{run.name} was interrupted before its first checkpoint; start again without resume")
-        done = max(steps)
-        training.load_state_with_optimizer(steps[done]).result()
-        job = cls(service, training, json.loads(run.metadata["plan"]), done, every)
+        job = cls(service, training, json.loads(run.metadata["plan"]), observer)
+        job.done = max(steps)
+        training.load_state_with_optimizer(steps[job.done]).result()
         job._saved = [steps[step] for step in sorted(steps)]
         return job
 
-    def checkpoint_due(self, step: int) -> bool:
-        """Tells whether a checkpoint follows this many steps."""
-        return self._every > 0 and step % self._every == 0
+    def report(
+        self, step: int, metrics: dict[str, float], num_tokens: int = 0, samples: Sequence[TextSample] = ()
+    ) -> None:
+        """Keeps what a step showed with the run, and tells the observer."""
+        now = time.monotonic()
+        self.training.log_metrics(step, metrics, samples)
+        self.observer.report(Report(step, self.plan["steps"], metrics, num_tokens, now - self._mark, samples))
+        self._mark = now
 
     def save(self, step: int) -> None:
         """Saves a checkpoint behind the operations so far, without waiting; the two newest are kept."""
@@ -90,9 +121,19 @@ class Job:
             self._forget(old)
         self._saved = self._saved[-2:]
 
-    def stop(self, step: int) -> StoppedError:
-        """Saves a checkpoint, waits for it, and returns what to raise."""
-        self.save(step)
+    def adam(self, config: TrainConfig, step: int) -> AdamParams:
+        """Returns the optimizer's settings for step 0, 1, ..."""
+        peak, steps = self.plan["learning_rate"], self.plan["steps"]
+        rate = learning_rate_at(step, steps, peak, config.schedule, config.warmup_steps)
+        return AdamParams(rate, eps=1e-8, weight_decay=config.weight_decay, grad_clip_norm=config.grad_clip_norm)
+
+    def stop(self, step: int, *, exact: bool = True) -> StoppedError:
+        """Saves a checkpoint, waits for it, and returns what to raise.
+
+        With `exact` False a run that went on from here would not do the same; then the newest checkpoint must do.
+        """
+        if exact:
+            self.save(step)
         self.training.barrier().result()
         return StoppedError(self.training.run, step)
 

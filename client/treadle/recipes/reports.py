@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from treadle.records import TextSample
 from treadle.types import OptimStepResponse
 
 
@@ -24,7 +25,7 @@ class Report:
     """Positions that went through the base for it."""
     seconds: float = 0.0
     """Time since the report before."""
-    samples: Sequence[str] = field(default=())
+    samples: Sequence[TextSample] = field(default=())
     """Texts that show what the adapter does now."""
 
 

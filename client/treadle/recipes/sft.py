@@ -4,23 +4,21 @@ Rows become tokens of which the responses are learned (`sft_data.py`); some are 
 To change the method, copy this file: everything that it uses is public.
 """
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from treadle.client import ServiceClient
-from treadle.errors import ConflictError
 from treadle.futures import Handle
-from treadle.recipes import batches
 from treadle.recipes.configs import SftConfig
 from treadle.recipes.examples import Example
-from treadle.recipes.job import Job, StoppedError, choose_base, find_resumable
-from treadle.recipes.reports import Observer, Report, optim_metrics
+from treadle.recipes.job import Job, StoppedError, choose_base
+from treadle.recipes.reports import Observer, optim_metrics
 from treadle.recipes.sft_data import SftData, load_data, make_plan, step_batches
+from treadle.records import TextSample
 from treadle.tokenizers import load_tokenizer
 from treadle.training import TrainingClient
-from treadle.types import AdamParams, ForwardBackwardOutput, ModelInput, OptimStepResponse, SamplingParams
+from treadle.types import ForwardBackwardOutput, ModelInput, OptimStepResponse, SamplingParams
 
 AHEAD = 2
 """Steps that are queued before the first answer is read: the worker never waits for the network."""
@@ -62,44 +60,36 @@ def sft(service: ServiceClient, config: SftConfig, observer: Observer | None = N
     model = choose_base(service, config.base)
     data = load_data(config, model, load_tokenizer(model.tokenizer or model.model_name))
     observer.notice(str(data.cuts))
-    found = find_resumable(service, "sft", config, observer)
-    if found is None:
-        job = Job.start(service, "sft", config, model.model_name, make_plan(config, model, data))
-    else:
-        job = Job.resume(service, found, config.checkpoint_every)
-        if job.plan["digest"] != data.digest():
-            raise ConflictError(f"{found.name} was made from other data than {config.data} is now")
-    observer.started(job.training.run, job.plan, job.done)
-    return _Sft(job, config, data, observer).run()
+    job = Job.open(service, "sft", config, model.model_name, make_plan(config, model, data), observer)
+    return _Sft(job, config, data).run()
 
 
 class _Sft:
     """The loop and what it remembers between steps."""
 
-    def __init__(self, job: Job, config: SftConfig, data: SftData, observer: Observer) -> None:
-        self._job, self._config, self._data, self._observer = job, config, data, observer
+    def __init__(self, job: Job, config: SftConfig, data: SftData) -> None:
+        self._job, self._config, self._data = job, config, data
         self._training: TrainingClient = job.training
         self._pending: deque[_Step] = deque()
         self._best: tuple[float, int] | None = None
         self._loss = float("nan")
-        self._mark = time.monotonic()
 
     def run(self) -> SftResult:
         """Trains to the end, or until the held-out loss no longer falls."""
-        job, plan = self._job, self._job.plan
+        job, plan, config = self._job, self._job.plan, self._config
         steps = step_batches(self._config, plan, self._data)
         if self._config.patience and job.done:
             self._recall_best()
         eval_loss = None
         step = job.done
         while step < len(steps) and not self._has_stalled(step):
-            if self._observer.should_stop():
+            if self._job.observer.should_stop():
                 raise self._interrupted(step)
             self._submit(step, [self._data.examples[index] for index in steps[step]])
             step += 1
             if self._data.held_out and (step % plan["eval_every"] == 0 or step == len(steps)):
                 eval_loss = self._evaluate(step)
-            if job.checkpoint_due(step):
+            if config.checkpoint_every and step % config.checkpoint_every == 0:
                 job.save(step)
             self._report_all_but(AHEAD)
         self._report_all_but(0)
@@ -110,35 +100,25 @@ class _Sft:
         return SftResult(self._training.run, revision, step, self._loss, eval_loss, str(self._data.cuts))
 
     def _submit(self, step: int, batch: Sequence[Example]) -> None:
-        plan, config = self._job.plan, self._config
         # Losses are sums: divided by what is learned they are means, whatever the batch's size.
         scale = 1.0 / sum(float(example.weights[1:].sum()) for example in batch)
-        rate = batches.learning_rate_at(
-            step, plan["steps"], plan["learning_rate"], config.schedule, config.warmup_steps
-        )
-        adam = AdamParams(rate, eps=1e-8, weight_decay=config.weight_decay, grad_clip_norm=config.grad_clip_norm)
         loss = self._training.forward_backward([example.datum(scale) for example in batch], "cross_entropy")
-        num_tokens = sum(len(example.tokens) - 1 for example in batch)
-        self._pending.append(_Step(step + 1, num_tokens, loss, self._training.optim_step(adam)))
+        optim = self._training.optim_step(self._job.adam(self._config, step))
+        self._pending.append(_Step(step + 1, sum(len(example.tokens) - 1 for example in batch), loss, optim))
 
     def _report_all_but(self, ahead: int) -> None:
         while len(self._pending) > ahead:
             done = self._pending.popleft()
             self._loss = done.loss.result().metrics["loss:sum"]
             metrics = {"loss": self._loss, **optim_metrics(done.optim.result())}
-            self._tell(done.number, metrics, done.num_tokens)
-
-    def _tell(self, step: int, metrics: dict[str, float], num_tokens: int = 0, samples: Sequence[str] = ()) -> None:
-        now = time.monotonic()
-        self._observer.report(Report(step, self._job.plan["steps"], metrics, num_tokens, now - self._mark, samples))
-        self._mark = now
+            self._job.report(done.number, metrics, done.num_tokens)
 
     def _evaluate(self, step: int) -> float:
         """Scores the held-out samples, lets some prompts be answered, and remembers the best weights."""
         loss = self._held_out_loss()
         self._report_all_but(0)
-        self._tell(step, {"eval_loss": loss.result().metrics["loss:sum"]}, samples=self._answers())
         eval_loss = loss.result().metrics["loss:sum"]
+        self._job.report(step, {"eval_loss": eval_loss}, samples=self._answers())
         if self._config.patience:
             if self._best is None or eval_loss < self._best[0]:
                 self._best = (eval_loss, step)
@@ -150,7 +130,7 @@ class _Sft:
         scale = 1.0 / sum(float(example.weights[1:].sum()) for example in self._data.held_out)
         return self._training.forward([example.datum(scale) for example in self._data.held_out], "cross_entropy")
 
-    def _answers(self) -> list[str]:
+    def _answers(self) -> list[TextSample]:
         if not self._data.prompts:
             return []
         sampler = self._job.sampler()
@@ -158,7 +138,7 @@ class _Sft:
         params = SamplingParams(max_tokens=SAMPLE_TOKENS, temperature=0.0)
         handles = [sampler.sample(ModelInput.from_ints(tokens), 1, params) for _, tokens in self._data.prompts]
         texts = [tokenizer.decode(h.result().sequences[0].tokens, skip_special_tokens=True) for h in handles]
-        return [f"{asked}\n{text.strip()}" for (asked, _), text in zip(self._data.prompts, texts, strict=True)]
+        return [TextSample(asked, text.strip()) for (asked, _), text in zip(self._data.prompts, texts, strict=True)]
 
     def _has_stalled(self, step: int) -> bool:
         if not self._config.patience or self._best is None:
@@ -166,7 +146,7 @@ class _Sft:
         every: int = self._job.plan["eval_every"]
         stalled = step // every - self._best[1] // every >= self._config.patience
         if stalled:
-            self._observer.notice(f"stopped early: the held-out loss was lowest at step {self._best[1]}")
+            self._job.observer.notice(f"stopped early: the held-out loss was lowest at step {self._best[1]}")
         return stalled
 
     def _recall_best(self) -> None:

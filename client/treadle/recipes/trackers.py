@@ -7,6 +7,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ class JsonLinesTracker(Observer):
         """Appends a line and hands it to the operating system."""
         row: dict[str, Any] = {"step": report.step, **report.metrics}
         if report.samples:
-            row["samples"] = list(report.samples)
+            row["samples"] = [asdict(sample) for sample in report.samples]
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
@@ -57,13 +58,13 @@ class TensorBoardTracker(Observer):
     def report(self, report: Report) -> None:
         """Writes a scalar per metric and a text per sample."""
         values = [self._summary.Summary.Value(tag=tag, simple_value=value) for tag, value in report.metrics.items()]
-        for index, text in enumerate(report.samples):
+        for index, sample in enumerate(report.samples):
             tag = f"sample/{index}"
             values.append(
                 self._summary.Summary.Value(
                     tag=tag,
                     metadata=self._text.create_summary_metadata(tag, ""),
-                    tensor=self._tensors.make_tensor_proto([text]),
+                    tensor=self._tensors.make_tensor_proto([f"{sample.prompt}\n\n{sample.response}"]),
                 )
             )
         summary = self._summary.Summary(value=values)
@@ -89,7 +90,7 @@ class RunTracker(Observer):
 
     def report(self, report: Report) -> None:
         """Logs metrics and, as text, samples."""
-        texts = {f"sample/{index}": text for index, text in enumerate(report.samples)}
+        texts = {f"sample/{index}": f"{one.prompt}\n{one.response}" for index, one in enumerate(report.samples)}
         # An evaluation has a report of its own at the same step: these packages merge what has the same step.
         self._run.log({**report.metrics, **texts}, step=report.step)
 
