@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from treadle.cli.connect import Place, open_service
 from treadle.recipes.chat import ChatTokenizer
-from treadle.recipes.configs import SftConfig
+from treadle.recipes.configs import DpoConfig, SamplingConfig, SftConfig
 from treadle.recipes.examples import Example
 from treadle.recipes.job import choose_base
 from treadle.recipes.sft_data import load_data, make_plan
@@ -41,6 +42,42 @@ def preview_sft(place: Place, config: SftConfig) -> None:
         **plan,
     }
     print_preview(place, tokenizer, data.examples, facts)
+
+
+def preview_dpo(place: Place, config: DpoConfig) -> None:
+    """Prints the first pairs, chosen before rejected, what was cut, and the plan."""
+    from treadle.recipes.dpo import load_pairs, make_plan
+
+    with open_service(place) as service:
+        model = choose_base(service, config.base)
+        tokenizer = load_tokenizer(model.tokenizer or model.model_name)
+        pairs, held_out, cuts = load_pairs(config, model, tokenizer)
+        plan = make_plan(config, model, pairs, held_out)
+    facts = {"base": model.model_name, "pairs": len(pairs), "held_out": len(held_out), "cuts": str(cuts), **plan}
+    print_preview(place, tokenizer, [side for pair in pairs for side in pair], facts)
+
+
+def preview_prompts(place: Place, config: SamplingConfig) -> None:
+    """Prints the first prompts; nothing of them is learned, the samples will be."""
+    from treadle.recipes.rollouts import read_prompts
+
+    with open_service(place) as service:
+        model = choose_base(service, config.base)
+        tokenizer = load_tokenizer(model.tokenizer or model.model_name)
+        prompts, held_out = read_prompts(tokenizer, config, model)
+    facts = {
+        "base": model.model_name,
+        "prompts": len(prompts),
+        "held_out": len(held_out),
+        "longest": max(len(prompt.tokens) for prompt in prompts),
+        "samples_per_step": config.prompts_per_step * config.group_size,
+        "steps": config.steps,
+    }
+    examples = [
+        Example(np.array(prompt.tokens, np.int32), np.zeros(len(prompt.tokens), np.float32), prompt.row.where)
+        for prompt in prompts
+    ]
+    print_preview(place, tokenizer, examples, facts)
 
 
 def print_preview(place: Place, tokenizer: ChatTokenizer, examples: Sequence[Example], facts: dict[str, Any]) -> None:

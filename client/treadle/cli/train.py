@@ -10,7 +10,7 @@ import click
 
 from treadle.cli.config_options import config_options
 from treadle.cli.connect import Place, place_options
-from treadle.recipes.configs import SftConfig, TrainConfig
+from treadle.recipes.configs import DistillConfig, DpoConfig, EvalConfig, RlConfig, SftConfig, TrainConfig
 
 if TYPE_CHECKING:
     from treadle.client import ServiceClient
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 # Any: each recipe returns a dataclass of its own.
 Recipe = Callable[["ServiceClient", Any, "Observer"], Any]
+Preview = Callable[[Place, Any], None]
 
 
 def _common(config: type[TrainConfig]) -> Callable[[Command], Command]:
@@ -42,19 +43,75 @@ def sft(place: Place, *, track: tuple[str, ...], dry_run: bool, **options: Any) 
 
     DATA is a file (.jsonl, .json, .csv, .tsv, .parquet), a folder, or hf:NAME.
     """
+    from treadle.cli.preview import preview_sft
     from treadle.recipes.sft import sft as recipe
 
-    config = SftConfig(**options)
-    if dry_run:
-        from treadle.cli.preview import preview_sft
-
-        preview_sft(place, config)
-    else:
-        _run(place, recipe, config, track)
+    _run(place, recipe, SftConfig(**options), track, preview_sft if dry_run else None)
 
 
-def _run(place: Place, recipe: Recipe, config: TrainConfig, track: tuple[str, ...]) -> None:
-    """Runs a recipe to its end under a bar, and prints what came of it."""
+@click.command()
+@_common(RlConfig)
+def rl(place: Place, *, track: tuple[str, ...], dry_run: bool, **options: Any) -> None:
+    """Train an adapter on its own answers to the prompts of DATA, scored by --reward.
+
+    The reward function gets the row as a dict and the completion as text, and returns a number.
+    """
+    from treadle.cli.preview import preview_prompts
+    from treadle.recipes.rl import rl as recipe
+
+    _run(place, recipe, RlConfig(**options), track, preview_prompts if dry_run else None)
+
+
+@click.command()
+@_common(DpoConfig)
+def dpo(place: Place, *, track: tuple[str, ...], dry_run: bool, **options: Any) -> None:
+    """Train an adapter to prefer the chosen over the rejected responses of DATA."""
+    from treadle.cli.preview import preview_dpo
+    from treadle.recipes.dpo import dpo as recipe
+
+    _run(place, recipe, DpoConfig(**options), track, preview_dpo if dry_run else None)
+
+
+@click.command()
+@_common(DistillConfig)
+def distill(place: Place, *, track: tuple[str, ...], dry_run: bool, **options: Any) -> None:
+    """Train an adapter to answer the prompts of DATA as --teacher would."""
+    from treadle.cli.preview import preview_prompts
+    from treadle.recipes.distill import distill as recipe
+
+    _run(place, recipe, DistillConfig(**options), track, preview_prompts if dry_run else None)
+
+
+@click.command("eval")
+@config_options(EvalConfig)
+@place_options
+def eval_(place: Place, **options: Any) -> None:
+    """Measure how a saved adapter or a base does on the rows of DATA."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from treadle.cli.connect import open_service
+    from treadle.cli.output import print_row
+    from treadle.cli.watching import TerminalObserver
+    from treadle.recipes.evaluate import evaluate
+
+    observer = TerminalObserver(Console(stderr=True, quiet=place.format == "json"), "evaluating")
+    with open_service(place) as service:
+        try:
+            result = evaluate(service, EvalConfig(**options), observer)
+        finally:
+            observer.close()
+    print_row(place, asdict(result))
+
+
+def _run(
+    place: Place, recipe: Recipe, config: TrainConfig, track: tuple[str, ...], preview: Preview | None = None
+) -> None:
+    """Runs a recipe to its end under a bar, and prints what came of it; or only shows what it would train on."""
+    if preview is not None:
+        preview(place, config)
+        return
     from dataclasses import asdict
 
     from rich.console import Console

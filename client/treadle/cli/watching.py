@@ -16,13 +16,13 @@ from treadle.recipes.reports import Observer, Report
 
 _LINES = 20
 """Lines of steps that a log gets instead of a bar."""
-_SHOWN = ("loss", "reward", "kl", "accuracy", "eval_loss")
+_SHOWN = frozenset({"loss", "reward", "kl", "accuracy", "eval_loss", "exact_match", "perplexity"})
 
 
 class TerminalObserver(Observer):
     """Draws a bar, or writes lines where nobody looks at a terminal; quiet when the answer is to be JSON."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, what: str = "training") -> None:
         self._console = console
         self._stop = False
         self._shown: dict[str, float] = {}
@@ -36,7 +36,7 @@ class TerminalObserver(Observer):
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("training", total=None, shown="")
+        self._task = self._progress.add_task(what, total=None, shown="")
 
     def started(self, run: str, plan: Mapping[str, Any], step: int) -> None:
         """Says which run it is and begins the bar."""
