@@ -6,6 +6,7 @@ with treadle.ServiceClient() as service:
 
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 
 from treadle.adapters import AdapterCalls
@@ -16,7 +17,8 @@ from treadle.datasets import DatasetCalls
 from treadle.errors import BadNameError
 from treadle.metrics import MetricCalls
 from treadle.names import is_adapter, parse_adapter, parse_run
-from treadle.records import RunInfo
+from treadle.peft_folders import for_upload, read_shape
+from treadle.records import AdapterInfo, RunInfo
 from treadle.sampling import SamplingClient
 from treadle.settings import ClientSettings, client_settings
 from treadle.timeline import TimelineCalls
@@ -92,6 +94,21 @@ class ServiceClient(AdapterCalls, AdminCalls, DatasetCalls, MetricCalls, Timelin
     def attach_training_client(self, run: str) -> TrainingClient:
         """Returns a training client that goes on with an existing run; one at a time may send to a run."""
         return self._client_of(self._get_run(run))
+
+    def import_adapter(
+        self, folder: str | Path, base_model: str, revision_id: str = "imported"
+    ) -> tuple[TrainingClient, AdapterInfo]:
+        """Creates a run of the shape of a PEFT folder from anywhere, with its weights; returns it and their revision.
+
+        Raises BadInputError when the folder holds no LoRA adapter, or one that a run here cannot go on with.
+        """
+        path = Path(folder)
+        shape = read_shape(path)
+        client = self._create(base_model, lora_to_proto(shape), {"imported_from": path.name})
+        with for_upload(path, shape, base_model) as copy:
+            revision = self.push_adapter(client.run, copy, revision_id)
+        client.load_state(revision.name).result()
+        return client, revision
 
     def create_sampling_client(self, model_path: str | None = None, base_model: str | None = None) -> SamplingClient:
         """Returns a client that samples from a saved revision, or from a base as it is."""
