@@ -1,9 +1,11 @@
-"""Writes the tables of the documents that follow from the code: error reasons and settings.
+"""Writes the tables of the documents that follow from the code: error reasons, settings of services and recipes.
 
 `python docs/tables.py` writes, `render(path)` is what a test compares with. Knows nothing else of the documents.
 """
 
 import importlib
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -11,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from treadle.errors import CATALOGUE
+from treadle.recipes import configs
 from treadle_service.settings import ServiceSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,8 +53,36 @@ def _row(prefix: str, name: str, field: FieldInfo) -> str:
     return f"| `{prefix}{name.upper()}` | `--{name.replace('_', '-')}` | {shown} | {field.description} |"
 
 
-TABLES = {"errors": error_table, "settings": settings_table}
-DOCUMENTS = (ROOT / "protos/README.md", ROOT / "docs/settings.md")
+def options_table(config: type) -> str:
+    """Returns every setting of a recipe as a table."""
+    rows = ["| option | field | default | meaning |", "|---|---|---|---|"]
+    for field in fields(config):
+        if field.name == "data":
+            continue
+        flag = field.name.replace("_", "-")
+        shown = f"`{field.default}`" if field.default not in (None, "") else ""
+        flags = f"`--{flag}`, `--no-{flag}`" if isinstance(field.default, bool) else f"`--{flag}`"
+        rows.append(f"| {flags} | `{field.name}` | {shown} | {field.metadata['help']} |")
+    return "\n".join(rows)
+
+
+RECIPES = {
+    "sft": configs.SftConfig,
+    "rl": configs.RlConfig,
+    "dpo": configs.DpoConfig,
+    "distill": configs.DistillConfig,
+    "eval": configs.EvalConfig,
+}
+TABLES = {
+    "errors": error_table,
+    "settings": settings_table,
+    **{name: partial(options_table, config) for name, config in RECIPES.items()},
+}
+DOCUMENTS = (
+    ROOT / "protos/README.md",
+    ROOT / "docs/settings.md",
+    *(ROOT / f"docs/recipes/{name}.md" for name in RECIPES),
+)
 
 
 def render(document: Path) -> str:

@@ -18,7 +18,7 @@ def _script(name: str) -> ModuleType:
     return module
 
 
-tables, performance = _script("tables"), _script("performance")
+tables, performance, api = _script("tables"), _script("performance"), _script("api")
 
 
 @pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: path.name)
@@ -30,3 +30,8 @@ def test_tables_are_what_the_code_generates(document: Path) -> None:
 def test_performance_page_shows_the_runs_that_are_kept() -> None:
     """Run `python docs/performance.py` after keeping a run with `python -m bench NAME --save TAG`."""
     assert performance.PAGE.read_text() == performance.render()
+
+
+def test_the_reference_is_made_of_the_docstrings() -> None:
+    """Run `python docs/api.py` after changing what users import."""
+    assert api.PAGE.read_text() == api.render()
