@@ -15,6 +15,7 @@ from bench import results
 NAMES = (
     "agreement",
     "dashboard",
+    "effort",
     "fairness",
     "foundation",
     "lora",

@@ -31,7 +31,7 @@ def fsck(place: dict[str, Any], *, quick: bool, as_json: bool) -> bool:  # value
     return _show(report, as_json=as_json)
 
 
-def gc(place: dict[str, Any], *, dry_run: bool) -> None:  # see fsck
+def gc(place: dict[str, Any], *, dry_run: bool, as_json: bool = False) -> None:  # see fsck
     """Collects unused blobs and deleted adapters now, beside a running store or without one."""
     settings = StoreSettings(**place)
     with _engines(settings):
@@ -40,14 +40,16 @@ def gc(place: dict[str, Any], *, dry_run: bool) -> None:  # see fsck
         sweeper = Sweeper(database, blobs, system_clock, settings.sweep_grace_seconds)
         try:
             if dry_run:
-                print(f"{len(asyncio.run(sweeper.unused()))} blobs are named by no row")
+                unused = len(asyncio.run(sweeper.unused()))
+                _say(f"{unused} blobs are named by no row", {"unused_blobs": unused}, as_json=as_json)
             else:
-                print(f"{asyncio.run(sweeper.sweep(settings.deleted_grace_seconds))} blobs removed")
+                removed = asyncio.run(sweeper.sweep(settings.deleted_grace_seconds))
+                _say(f"{removed} blobs removed", {"removed_blobs": removed}, as_json=as_json)
         finally:
             database.close()
 
 
-def backup(place: dict[str, Any], target: Path) -> None:  # see fsck
+def backup(place: dict[str, Any], target: Path, *, as_json: bool = False) -> None:  # see fsck
     """Copies a store, running or not, to a new folder, and checks the copy."""
     settings = StoreSettings(**place)
     with _engines(settings) as engines:
@@ -55,20 +57,22 @@ def backup(place: dict[str, Any], target: Path) -> None:  # see fsck
     # Every blob was hashed on its way in.
     with _closing(open_engines(f"sqlite:///{target.absolute() / 'store.db'}")) as engines:
         report = check_store(engines, LocalBlobs(target / "blobs", beside_a_store=True), read_contents=False)
-    if not _show(report, as_json=False):
+    if not _show(report, as_json=as_json, blobs=num_blobs):
         raise SystemExit(f"{target} was written, but the store that it was taken from is damaged")
-    print(f"{target}: {num_blobs} blobs")
+    if not as_json:
+        print(f"{target}: {num_blobs} blobs")
 
 
-def bring_back(place: dict[str, Any], source: Path) -> None:  # see fsck
+def bring_back(place: dict[str, Any], source: Path, *, as_json: bool = False) -> None:  # see fsck
     """Copies a backup into an empty place where no store runs, and checks it."""
     settings = StoreSettings(**place)
     with lock_folders(settings), _engines(settings, must_exist=False) as engines:
         blobs = open_blobs(settings)
         num_blobs = restore(source.absolute(), engines, blobs)
-        if not _show(check_store(engines, blobs, read_contents=False), as_json=False):
+        if not _show(check_store(engines, blobs, read_contents=False), as_json=as_json, blobs=num_blobs):
             raise SystemExit("what was restored is damaged")
-    print(f"{num_blobs} blobs restored")
+    if not as_json:
+        print(f"{num_blobs} blobs restored")
 
 
 @contextlib.contextmanager
@@ -94,9 +98,13 @@ def _closing(engines: Engines) -> Iterator[Engines]:
         engines.dispose()
 
 
-def _show(report: Report, *, as_json: bool) -> bool:
+def _say(text: str, value: dict[str, int], *, as_json: bool) -> None:
+    print(json.dumps(value, indent=2) if as_json else text)
+
+
+def _show(report: Report, *, as_json: bool, **more: int) -> bool:
     if as_json:
-        print(json.dumps({"problems": report.problems, "counts": report.counts}, indent=2))
+        print(json.dumps({"problems": report.problems, "counts": report.counts, **more}, indent=2))
     else:
         for problem in report.problems:
             print(f"PROBLEM {problem}")

@@ -160,7 +160,8 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_is_published_with_its_card(treadle, saved: str, tmp_path: Path, monkeypatch) -> None:
     """By huggingface_hub itself against a hub that keeps what it gets; a wrong token is refused in one line."""
     # As on a machine without the package hf_xet, whose protocol the fake hub does not speak.
-    monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
+    for module in ("hf_api", "_commit_api"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.is_xet_available", lambda: False)
     treadle("adapter", "export", saved, str(tmp_path / "whole"))
     with FakeHub("secret") as hub:
         line = ["adapter", "publish", saved, "me/mine", "--hub", hub.address, "--base-name", "org/pip"]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import click
 import pytest
 
 from treadle.cli import COMMANDS
@@ -28,6 +29,19 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("Usage: treadle")
     assert not HEAVY & set(json.loads(done.stderr.splitlines()[-1]))
+
+
+def test_every_command_answers_in_json_too() -> None:
+    """With -f json, groups' commands included."""
+    group = LazyGroup(COMMANDS)
+    found = [group.get_command(None, name) for name in COMMANDS]  # type: ignore[arg-type]
+    while found:
+        command = found.pop()
+        assert command is not None
+        if isinstance(command, click.Group):
+            found += command.commands.values()
+        else:
+            assert any("-f" in parameter.opts for parameter in command.params), command.name
 
 
 def test_every_listed_command_can_be_imported() -> None:

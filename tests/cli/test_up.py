@@ -28,7 +28,7 @@ class Up:
         self.ready_file = folder / "ready.json"
         self.log = folder / "up.log"
         command = [sys.executable, "-m", "treadle.cli", "up", "--base", "pip", "--port", "0", "--threads", "1"]
-        command += ["--data-dir", str(folder), "--cache-dir", str(folder / "cache"), "--ready-file"]
+        command += ["--data-dir", str(folder), "--cache-dir", str(folder / "cache"), "-f", "json", "--ready-file"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([*command, str(self.ready_file)], stdout=log, stderr=log)
 
@@ -90,6 +90,8 @@ def test_up_serves_survives_a_kill_and_leaves_nothing(up: Up) -> None:
     assert not [pid for pid in again["pids"].values() if psutil.pid_exists(pid)]
     assert not (up.folder / "up.json").exists()
     log = up.log.read_text()
+    ready = [line["ready"] for line in map(json.loads, log.splitlines()) if "ready" in line]
+    assert ready == [json.loads(up.ready_file.read_text())]
     assert "ended with signal SIGKILL" in log
     assert "Traceback" not in log
 

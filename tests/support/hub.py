@@ -68,7 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = urlsplit(self.path).path.removeprefix("/api/models/")
-        if name in self.owner.repositories:
+        if self.headers.get("authorization") != f"Bearer {self.owner.token}":
+            self._answer(401, {"error": "Invalid credentials"})
+        elif name in self.owner.repositories:
             self._answer(200, {"id": name, "sha": "0" * 40, "siblings": []})
         else:
             self._answer(404, {"error": "Repository not found"})
@@ -78,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, asked: dict[str, Any]) -> None:
         name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-        self.owner.repositories[name] = bool(asked.get("private"))
+        self.owner.repositories[name] = asked.get("visibility") == "private" or bool(asked.get("private"))
         self._answer(200, {"url": f"{self.owner.address}/{name}"})
 
     def _upload(self, one: dict[str, Any]) -> dict[str, Any]:

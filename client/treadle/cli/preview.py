@@ -16,7 +16,7 @@ from treadle.cli.connect import Place, open_service
 from treadle.recipes.chat import ChatTokenizer
 from treadle.recipes.configs import DpoConfig, SamplingConfig, SftConfig
 from treadle.recipes.examples import Example
-from treadle.recipes.job import choose_base
+from treadle.recipes.job import base_of
 from treadle.recipes.sft_data import load_data, make_plan
 from treadle.tokenizers import load_tokenizer
 
@@ -26,7 +26,7 @@ _SHOWN = 3
 def preview_sft(place: Place, config: SftConfig) -> None:
     """Prints the first samples, what was cut, and the plan."""
     with open_service(place) as service:
-        model = choose_base(service, config.base)
+        model = base_of(service, config)
         tokenizer = load_tokenizer(model.tokenizer or model.model_name)
         data = load_data(config, model, tokenizer)
         plan = make_plan(config, model, data)
@@ -49,7 +49,7 @@ def preview_dpo(place: Place, config: DpoConfig) -> None:
     from treadle.recipes.dpo import load_pairs, make_plan
 
     with open_service(place) as service:
-        model = choose_base(service, config.base)
+        model = base_of(service, config)
         tokenizer = load_tokenizer(model.tokenizer or model.model_name)
         pairs, held_out, cuts = load_pairs(config, model, tokenizer)
         plan = make_plan(config, model, pairs, held_out)
@@ -62,7 +62,7 @@ def preview_prompts(place: Place, config: SamplingConfig) -> None:
     from treadle.recipes.rollouts import read_prompts
 
     with open_service(place) as service:
-        model = choose_base(service, config.base)
+        model = base_of(service, config)
         tokenizer = load_tokenizer(model.tokenizer or model.model_name)
         prompts, held_out = read_prompts(tokenizer, config, model)
     facts = {

@@ -29,6 +29,14 @@ from treadle.cli.settings import DEFAULT_DATA_DIR
     help="Bits of the frozen linears; the base is then served as NAME@int8 or NAME@nf4.",
 )
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@click.option(
+    "-f",
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    help="json: a line per line of a service, and one with `ready` when all are.",
+)
 @click.option("--ready-file", type=click.Path(path_type=Path), help="Written when all is ready, like up.json.")
 def up(
     *,
@@ -43,6 +51,7 @@ def up(
     quantize: str,
     log_level: str,
     ready_file: Path | None,
+    output_format: str,
 ) -> None:
     """Start store, trainer, sampler and gateway, and keep them running until Ctrl-C."""
     from treadle.cli.launch import launch
@@ -59,6 +68,7 @@ def up(
         quantize=quantize,
         log_level=log_level,
         ready_file=ready_file,
+        as_json=output_format == "json",
     )
     if not kept:
         raise SystemExit(1)

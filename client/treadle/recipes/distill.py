@@ -16,7 +16,7 @@ from treadle.futures import Handle
 from treadle.names import is_adapter
 from treadle.recipes import batches
 from treadle.recipes.configs import DistillConfig
-from treadle.recipes.job import Job, Plan, choose_base
+from treadle.recipes.job import Job, Plan, base_of
 from treadle.recipes.reports import Observer, optim_metrics
 from treadle.recipes.rollouts import (
     Group,
@@ -43,8 +43,8 @@ class DistillResult:
     revision: str
     """The published adapter."""
     steps: int
-    kl: float
-    """Mean divergence from the teacher per token of the last step's samples, in nats."""
+    kl: float | None
+    """Mean divergence from the teacher per token of the last step's samples, in nats; None if no step was left."""
     eval_kl: float | None
     """The same over samples for the prompts of `eval_data`, after the last step."""
 
@@ -71,7 +71,7 @@ def distill(service: ServiceClient, config: DistillConfig, observer: Observer | 
     """
     observer = observer or Observer()
     check_sampling(config)
-    model = choose_base(service, config.base)
+    model = base_of(service, config)
     tokenizer = load_tokenizer(model.tokenizer or model.model_name)
     name = config.teacher or model.model_name
     teacher = service.create_sampling_client(*((name, None) if is_adapter(name) else (None, name)))
@@ -95,7 +95,7 @@ class _Distill:
     ) -> None:
         self._job, self._config, self._rollouts = job, config, rollouts
         self._teacher, self._held_out = teacher, held_out
-        self._kl = float("nan")
+        self._kl: float | None = None
 
     def run(self) -> DistillResult:
         """Draws, lets the teacher score, trains, publishes; reports a step while the next one's samples are drawn."""
@@ -124,7 +124,7 @@ class _Distill:
         by_tokens = self._config.loss == "reverse_kl"
         taught = ask_teacher(self._teacher, samples, 0 if by_tokens else self._config.top_k)
         drawn = [np.array(one.logprobs, np.float32) for _, one in samples]
-        self._kl = mean_kl(drawn, [scores.logprobs for scores in taught])
+        kl = self._kl = mean_kl(drawn, [scores.logprobs for scores in taught])
         num_tokens = sum(map(len, drawn))
         data = [
             policy_datum(*sample, (scores.logprobs - own) / np.float32(num_tokens))
@@ -135,7 +135,7 @@ class _Distill:
         loss = self._job.training.forward_backward(data, "importance_sampling" if by_tokens else "cross_entropy")
         optim = self._job.training.optim_step(self._job.adam(self._config, step))
         size = sum(datum.model_input.length for datum in data)
-        metrics = {"kl": self._kl, "sample_tokens": num_tokens / len(data)}
+        metrics = {"kl": kl, "sample_tokens": num_tokens / len(data)}
         texts = [TextSample(group.prompt.text, group.texts[0]) for group in groups[: self._config.num_samples]]
         return _Step(step + 1, metrics, size, loss, optim, texts)
 

@@ -19,7 +19,7 @@ from treadle.recipes import batches
 from treadle.recipes.chat import ChatTokenizer
 from treadle.recipes.configs import DpoConfig
 from treadle.recipes.examples import Cuts, Example, encode_pair, fit_pairs
-from treadle.recipes.job import Job, Plan, choose_base
+from treadle.recipes.job import Job, Plan, base_of
 from treadle.recipes.reports import Observer, optim_metrics
 from treadle.recipes.rows import DataError, read_rows
 from treadle.records import SupportedModel
@@ -40,8 +40,8 @@ class DpoResult:
     revision: str
     """The published adapter."""
     steps: int
-    loss: float
-    """Mean over the pairs of the last step."""
+    loss: float | None
+    """Mean over the pairs of the last step; None if a resumed run had no step left to do."""
     accuracy: float | None
     """Share of the held-out pairs, after the last step, of which the chosen side gained more than the rejected one."""
     cuts: str
@@ -56,7 +56,7 @@ def dpo(service: ServiceClient, config: DpoConfig, observer: Observer | None = N
         TreadleError: what the service said.
     """
     observer = observer or Observer()
-    model = choose_base(service, config.base)
+    model = base_of(service, config)
     pairs, held_out, cuts = load_pairs(config, model, load_tokenizer(model.tokenizer or model.model_name))
     observer.notice(str(cuts))
     job = Job.open(service, "dpo", config, model.model_name, make_plan(config, model, pairs, held_out), observer)
@@ -111,7 +111,7 @@ class _Dpo:
         self._job, self._config, self._pairs, self._held_out, self._cuts = job, config, pairs, held_out, cuts
         scores = _sums(start, [side for pair in (*pairs, *held_out) for side in pair]).reshape(-1, 2)
         self._start, self._start_held_out = scores[: len(pairs)], scores[len(pairs) :]
-        self._loss = float("nan")
+        self._loss: float | None = None
 
     def run(self) -> DpoResult:
         """Scores a batch, then learns from it, step by step."""
@@ -135,11 +135,12 @@ class _Dpo:
         batch = [self._pairs[index] for index in chosen]
         sides = [side for pair in batch for side in pair]
         gains = _gains(training.forward([side.datum() for side in sides]), sides, self._start[list(chosen)])
-        self._loss, margins, weights = dpo_loss(gains, self._config.beta)
+        loss, margins, weights = dpo_loss(gains, self._config.beta)
+        self._loss = loss
         data = [side.datum(float(weight)) for side, weight in zip(sides, weights.flat, strict=True)]
         training.forward_backward(data, "cross_entropy")
         optim = training.optim_step(self._job.adam(self._config, step))
-        metrics = {"loss": self._loss, "accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
+        metrics = {"loss": loss, "accuracy": float((margins > 0).mean()), "margin": float(margins.mean())}
         metrics |= {"chosen_gain": float(gains[:, 0].mean()), "rejected_gain": float(gains[:, 1].mean())}
         num_tokens = 2 * sum(datum.model_input.length for datum in data)
         self._job.report(step + 1, {**metrics, **optim_metrics(optim.result())}, num_tokens)

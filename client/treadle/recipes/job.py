@@ -200,6 +200,11 @@ def find_resumable(service: ServiceClient, recipe: str, config: TrainConfig, obs
     return None
 
 
+def base_of(service: ServiceClient, config: TrainConfig) -> SupportedModel:
+    """Returns the base that a recipe trains on: that of the adapter that it goes on from, or the chosen one."""
+    return choose_base(service, service.get_adapter(config.start_from).base if config.start_from else config.base)
+
+
 def choose_base(service: ServiceClient, base: str) -> SupportedModel:
     """Returns a base that is served for training; the only one when `base` is empty.
 

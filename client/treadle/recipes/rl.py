@@ -16,7 +16,7 @@ from treadle.errors import BadInputError
 from treadle.futures import Handle
 from treadle.recipes import batches
 from treadle.recipes.configs import RlConfig
-from treadle.recipes.job import Job, Plan, choose_base
+from treadle.recipes.job import Job, Plan, base_of
 from treadle.recipes.reports import Observer, optim_metrics
 from treadle.recipes.rewards import Reward, load_reward, score
 from treadle.recipes.rollouts import (
@@ -45,8 +45,8 @@ class RlResult:
     revision: str
     """The published adapter."""
     steps: int
-    reward: float
-    """Mean over the samples of the last step."""
+    reward: float | None
+    """Mean over the samples of the last step; None if a resumed run had no step left to do."""
     eval_reward: float | None
     """Mean over samples for the prompts of `eval_data`, after the last step."""
 
@@ -81,7 +81,7 @@ def rl(service: ServiceClient, config: RlConfig, observer: Observer | None = Non
     if config.kl_coef and config.temperature != 1.0:
         raise BadInputError("kl_coef compares log-probabilities of the samples with those at the start: temperature 1")
     reward = load_reward(config.reward)
-    model = choose_base(service, config.base)
+    model = base_of(service, config)
     tokenizer = load_tokenizer(model.tokenizer or model.model_name)
     prompts, held_out = read_prompts(tokenizer, config, model)
     plan: Plan = {
@@ -109,7 +109,7 @@ class _Rl:
     ) -> None:
         self._job, self._config, self._rollouts, self._reward = job, config, rollouts, reward
         self._start, self._held_out = start, held_out
-        self._last_reward = float("nan")
+        self._last_reward: float | None = None
 
     def run(self) -> RlResult:
         """Draws, scores, trains, publishes; the answers of a step are read while the next one's samples are drawn."""
@@ -136,9 +136,9 @@ class _Rl:
         """Queues the gradient and the step; a group whose samples are all worth the same teaches nothing."""
         rewards = [[score(self._reward, group.prompt.row, text) for text in group.texts] for group in groups]
         every = [worth for group in rewards for worth in group]
-        self._last_reward = fmean(every)
+        mean = self._last_reward = fmean(every)
         lengths = [len(one.tokens) for group in groups for one in group.sequences]
-        metrics = {"reward": self._last_reward, "reward_std": pstdev(every), "sample_tokens": fmean(lengths)}
+        metrics = {"reward": mean, "reward_std": pstdev(every), "sample_tokens": fmean(lengths)}
         metrics["groups_alike"] = fmean([float(len(set(group)) == 1) for group in rewards])
         texts = [TextSample(g.prompt.text, g.texts[0], r[0]) for g, r in zip(groups, rewards, strict=True)]
         made = _Step(step + 1, metrics, texts[: self._config.num_samples])

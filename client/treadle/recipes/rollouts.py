@@ -51,7 +51,8 @@ def encode_prompts(
     """Returns the prompts of rows; raises DataError, also for those that leave no room for a sample."""
     prompts = []
     limits = (config.max_length, model.max_context_length, model.max_tokens_per_pass)
-    room = min(limit for limit in limits if limit) - config.max_tokens
+    # One more for the token that a teacher is asked for behind a sample.
+    room = min(limit for limit in limits if limit) - config.max_tokens - 1
     for row in rows:
         messages = prompt_of(row, config)
         tokens = encode_prompt(tokenizer, messages, config)

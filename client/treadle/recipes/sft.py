@@ -12,7 +12,7 @@ from treadle.client import ServiceClient
 from treadle.futures import Handle
 from treadle.recipes.configs import SftConfig
 from treadle.recipes.examples import Example
-from treadle.recipes.job import Job, StoppedError, choose_base
+from treadle.recipes.job import Job, StoppedError, base_of
 from treadle.recipes.reports import Observer, optim_metrics
 from treadle.recipes.sft_data import SftData, load_data, make_plan, step_batches
 from treadle.records import TextSample
@@ -33,8 +33,8 @@ class SftResult:
     revision: str
     """The published adapter: the best weights if `patience` was given, else the last."""
     steps: int
-    loss: float
-    """Mean loss per learned token at the last step."""
+    loss: float | None
+    """Mean loss per learned token at the last step; None if a resumed run had no step left to do."""
     eval_loss: float | None
     """The same over the held-out samples, for the published weights."""
     cuts: str
@@ -57,7 +57,7 @@ def sft(service: ServiceClient, config: SftConfig, observer: Observer | None = N
         TreadleError: what the service said.
     """
     observer = observer or Observer()
-    model = choose_base(service, config.base)
+    model = base_of(service, config)
     data = load_data(config, model, load_tokenizer(model.tokenizer or model.model_name))
     observer.notice(str(data.cuts))
     job = Job.open(service, "sft", config, model.model_name, make_plan(config, model, data), observer)
@@ -72,7 +72,7 @@ class _Sft:
         self._training: TrainingClient = job.training
         self._pending: deque[_Step] = deque()
         self._best: tuple[float, int] | None = None
-        self._loss = float("nan")
+        self._loss: float | None = None
 
     def run(self) -> SftResult:
         """Trains to the end, or until the held-out loss no longer falls."""
@@ -109,8 +109,8 @@ class _Sft:
     def _report_all_but(self, ahead: int) -> None:
         while len(self._pending) > ahead:
             done = self._pending.popleft()
-            self._loss = done.loss.result().metrics["loss:sum"]
-            metrics = {"loss": self._loss, **optim_metrics(done.optim.result())}
+            loss = self._loss = done.loss.result().metrics["loss:sum"]
+            metrics = {"loss": loss, **optim_metrics(done.optim.result())}
             self._job.report(done.number, metrics, done.num_tokens)
 
     def _evaluate(self, step: int) -> float:

@@ -3,8 +3,10 @@
 A tracker is an observer of a recipe, named `KIND:WHERE` on the command line, for example `tensorboard:logs`.
 """
 
+import contextlib
 import importlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -86,7 +88,8 @@ class RunTracker(Observer):
 
     def started(self, run: str, plan: Mapping[str, Any], step: int) -> None:
         """Begins a run of the tracker's under the run's own name."""
-        self._run = self._package.init(project=self._project, name=run.rpartition("/")[2], config=dict(plan))
+        with contextlib.redirect_stdout(sys.stderr):  # What these packages say is not the program's answer.
+            self._run = self._package.init(project=self._project, name=run.rpartition("/")[2], config=dict(plan))
 
     def report(self, report: Report) -> None:
         """Logs metrics and, as text, samples."""
@@ -97,7 +100,8 @@ class RunTracker(Observer):
     def close(self) -> None:
         """Ends the run of the tracker's."""
         if self._run is not None:
-            self._run.finish()
+            with contextlib.redirect_stdout(sys.stderr):
+                self._run.finish()
 
 
 TRACKERS: Final[Mapping[str, Callable[[str], Observer]]] = {
