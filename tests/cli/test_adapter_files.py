@@ -21,7 +21,10 @@ from treadle_engine.bases import pip_folder
 
 BASE = "treadle/pip"
 TOKENS = [1, 5, 9, 5, 9, 5, 9, 40, 41, 42]
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,6 @@ def publish_folder(
         )
     except package.errors.HFValidationError as error:
         raise BadInputError(str(error), "BAD_NAME") from error
-    except (package.errors.HfHubHTTPError, OSError) as error:
+    except (package.errors.HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
         raise ServerError(f"the hub refused: {error}") from error
     return str(commit.commit_url)
