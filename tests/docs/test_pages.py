@@ -56,7 +56,7 @@ def test_an_example_prints_what_its_docstring_says(cluster: Cluster, example: Pa
 
 
 def test_links_lead_somewhere() -> None:
-    """Those of the README and of every document to files of the repository."""
-    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+    """Those of these pages, and of the list of all documents, to files of the repository."""
+    for page in (*PAGES, ROOT / "docs/README.md"):
         for target in re.findall(r"\]\(([^)#:\s]*[./][^)#:\s]*)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page} links {target}"
