@@ -14,6 +14,7 @@ from bench import results
 
 NAMES = (
     "agreement",
+    "capacity",
     "dashboard",
     "effort",
     "fairness",

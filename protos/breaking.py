@@ -1,4 +1,4 @@
-"""Compares the protos with those of the last tag; incompatible changes fail. Without a tag there is nothing to keep."""
+"""Compares the protos with those of the last release, kept in tests/releases; incompatible changes fail."""
 
 import subprocess
 import sys
@@ -7,24 +7,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def last_tag() -> str:
-    """Returns the newest tag that HEAD descends from, empty for none."""
-    found = subprocess.run(
-        ["git", "describe", "--tags", "--abbrev=0"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip()
+def last_release() -> Path:
+    """Returns the folder of the newest release that is kept."""
+    folders = [folder for folder in (ROOT / "tests/releases").iterdir() if folder.is_dir()]
+    return max(folders, key=lambda folder: [int(part) for part in folder.name.split(".")])
 
 
 def main() -> int:
     """Runs `buf breaking` and returns its exit code."""
-    tag = last_tag()
-    if not tag:
-        print("no tag yet: nothing to compare with")
-        return 0
-    print(f"comparing with {tag}")
-    against = f"{ROOT}/.git#tag={tag},subdir=protos"
+    release = last_release()
+    print(f"comparing with {release.name}")
     buf = str(Path(sys.executable).with_name("buf"))
-    return subprocess.run([buf, "breaking", "protos", "--against", against], cwd=ROOT, check=False).returncode
+    return subprocess.run(
+        [buf, "breaking", "protos", "--against", str(release / "protos.binpb")], cwd=ROOT, check=False
+    ).returncode
 
 
 if __name__ == "__main__":

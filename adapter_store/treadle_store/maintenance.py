@@ -25,10 +25,18 @@ from treadle_store.sweep import Sweeper
 
 def fsck(place: dict[str, Any], *, quick: bool, as_json: bool) -> bool:  # values of settings are of any type
     """Checks a store, running or not; prints what is wrong with it; returns whether all is well."""
+    return _show(_checked(place, quick=quick), as_json=as_json)
+
+
+def problems_of(place: dict[str, Any], *, quick: bool) -> list[str]:  # see fsck
+    """Returns what is wrong with a store, running or not."""
+    return list(_checked(place, quick=quick).problems)
+
+
+def _checked(place: dict[str, Any], *, quick: bool) -> Report:  # see fsck
     settings = StoreSettings(**place)
     with _engines(settings) as engines:
-        report = check_store(engines, open_blobs(settings, beside_a_store=True), read_contents=not quick)
-    return _show(report, as_json=as_json)
+        return check_store(engines, open_blobs(settings, beside_a_store=True), read_contents=not quick)
 
 
 def gc(place: dict[str, Any], *, dry_run: bool, as_json: bool = False) -> None:  # see fsck

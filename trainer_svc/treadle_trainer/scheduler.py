@@ -117,13 +117,18 @@ class FairScheduler(Generic[ChunkT]):
         self._deficits[tenant] = min(self._deficits[tenant], 0)
         return False
 
-    def _update_turns(self, tenants: Mapping[str, Sequence[str]]) -> None:
-        self._turns = deque([tenant for tenant in self._turns if tenant in tenants])
-        self._turns.extend(tenant for tenant in tenants if tenant not in self._turns)
+    def _update_turns(self, tenants: Mapping[str, list[str]]) -> None:
+        # Looked up in sets: with ten thousand tenants a look through the turns would take longer than the pass.
+        known = set(self._turns)
+        self._turns = deque(tenant for tenant in self._turns if tenant in tenants)
+        self._turns.extend(tenant for tenant in tenants if tenant not in known)
         self._deficits = {tenant: deficit for tenant, deficit in self._deficits.items() if tenant in tenants}
         kept: dict[str, deque[str]] = {}
         for tenant, runs in tenants.items():
-            turns = deque(run for run in self._run_turns.get(tenant, ()) if run in runs)
-            turns.extend(run for run in runs if run not in turns)
-            kept[tenant] = turns
+            before = self._run_turns.get(tenant, deque())
+            if list(before) != runs:
+                waiting, known = set(runs), set(before)
+                before = deque(run for run in before if run in waiting)
+                before.extend(run for run in runs if run not in known)
+            kept[tenant] = before
         self._run_turns = kept

@@ -25,6 +25,8 @@ COMMANDS = {
     "dataset": LazyCommand("treadle.cli.datasets:dataset", "Export completions that were kept, to train on."),
     "sample": LazyCommand("treadle.cli.sample:sample", "Sample from a base or a saved adapter."),
     "store": LazyCommand("treadle.cli.store:store", "Check, clean, copy and restore a store's data."),
+    "plan": LazyCommand("treadle.cli.plan:plan", "Predict utilisation, memory and cost of a load."),
+    "doctor": LazyCommand("treadle.cli.doctor:doctor", "Check a deployment and say what is wrong."),
     "worker": LazyCommand("treadle.cli.workers:worker", "List the live trainers and samplers, trace what they do."),
 }
 
