@@ -15,7 +15,7 @@ from tests.support.cluster import Cluster
 
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / f"docs/{name}.md" for name in ("tour", "concepts", "adapters")),
+    *(ROOT / f"docs/{name}.md" for name in ("tour", "concepts", "adapters", "dashboard")),
     *sorted((ROOT / "docs/recipes").glob("*.md")),
 ]
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))

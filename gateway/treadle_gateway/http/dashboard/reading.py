@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -258,11 +258,6 @@ class Reader:
         for step in sorted(book.samples)[:-_KEPT_SAMPLES]:
             del book.samples[step]
         book.read_at = time.monotonic()
-
-
-async def gathered(*calls: Awaitable[Any]) -> list[Any]:  # Any: each call has its own type.
-    """Waits for several reads at once."""
-    return list(await asyncio.gather(*calls))
 
 
 def planned_steps(run: training_pb2.Run) -> int:
