@@ -75,6 +75,8 @@ def test_a_second_process_on_the_same_port_fails_instead_of_sharing_it(cluster: 
     environment = cluster.environment(role)
     if role == "store":
         environment["TREADLE_STORE_DATA_DIR"] += "-second"
+    if role == "gateway":
+        environment["TREADLE_GATEWAY_HTTP_LISTEN"] = "127.0.0.1:0"
     command = [sys.executable, "-m", f"treadle_{role}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode != 0
