@@ -19,6 +19,7 @@ NAMES = (
     "effort",
     "fairness",
     "foundation",
+    "http",
     "lora",
     "memory",
     "openai_face",

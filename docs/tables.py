@@ -4,6 +4,7 @@
 """
 
 import importlib
+import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,16 @@ from pydantic_core import PydanticUndefined
 
 from treadle.errors import CATALOGUE
 from treadle.recipes import configs
+from treadle_gateway.http import tinker
+from treadle_gateway.http.faces import HttpGateway
+from treadle_gateway.settings import GatewaySettings
 from treadle_service.settings import ServiceSettings
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from docs.tinker_endpoints import TESTS  # noqa: E402 - the repository's root is no package path of a plain script
+
 ROLES = ("gateway", "trainer", "sampler", "store")
 
 
@@ -53,6 +61,19 @@ def _row(prefix: str, name: str, field: FieldInfo) -> str:
     return f"| `{prefix}{name.upper()}` | `--{name.replace('_', '-')}` | {shown} | {field.description} |"
 
 
+def tinker_table() -> str:
+    """Returns every endpoint of the Tinker face with the test that shows it."""
+    rows = ["| endpoint | scopes | test |", "|---|---|---|"]
+    # A face only keeps what it is made from until a request comes.
+    face = tinker.make_face(HttpGateway(GatewaySettings(), None, None))  # type: ignore[arg-type]
+    for route in face.routes:
+        file, _, test = TESTS[f"{route.method} {route.path}"].partition("::")
+        rows.append(
+            f"| {route.method} {route.path} | {', '.join(route.scopes) or 'none'} | `{Path(file).stem}` {test} |"
+        )
+    return "\n".join(rows)
+
+
 def options_table(config: type) -> str:
     """Returns every setting of a recipe as a table."""
     rows = ["| option | field | default | meaning |", "|---|---|---|---|"]
@@ -76,11 +97,13 @@ RECIPES = {
 TABLES = {
     "errors": error_table,
     "settings": settings_table,
+    "tinker-endpoints": tinker_table,
     **{name: partial(options_table, config) for name, config in RECIPES.items()},
 }
 DOCUMENTS = (
     ROOT / "protos/README.md",
     ROOT / "docs/settings.md",
+    ROOT / "docs/tinker.md",
     *(ROOT / f"docs/recipes/{name}.md" for name in RECIPES),
 )
 

@@ -160,3 +160,12 @@ def test_usage_is_told_by_run(tinker_cluster: Cluster, saved: tuple[str, str, di
     assert {e.session_id for e in trained} == {run.partition(":")[0]}
     stored = admin.get_current_checkpoint_storage_usage().result()
     assert (stored.data[0].checkpoint_count, stored.data[0].size_bytes > 1000) == (3, True)
+
+
+def test_publishing_is_refused(tinker_cluster: Cluster, saved: tuple[str, str, dict[str, str]]) -> None:
+    """At once, and the sentence says what to do instead; so is taking it back."""
+    key, _, paths = saved
+    catalog = rest(tinker_cluster, key)
+    for act in (catalog.publish_checkpoint_from_tinker_path, catalog.unpublish_checkpoint_from_tinker_path):
+        with pytest.raises(tinker.PermissionDeniedError, match="export the files"):
+            act(paths["weights"]).result()

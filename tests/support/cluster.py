@@ -22,7 +22,7 @@ from tests.support.proxy import TroubleProxy
 from treadle.v1 import admin_pb2, admin_pb2_grpc
 
 ROLES = ("store", "trainer", "sampler", "gateway")
-START_SECONDS = 90.0
+START_SECONDS = 240.0
 # A service that is being started refuses connections for a while.
 CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200))
 

@@ -27,6 +27,15 @@ def test_tables_are_what_the_code_generates(document: Path) -> None:
     assert document.read_text() == tables.render(document)
 
 
+def test_every_endpoint_of_the_tinker_face_has_a_test_that_is_there() -> None:
+    """As docs/tinker.md says."""
+    routes = {line.split(" | ")[0].removeprefix("| ") for line in tables.tinker_table().splitlines()[2:]}
+    assert routes == set(tables.TESTS)
+    for where in tables.TESTS.values():
+        file, _, test = where.partition("::")
+        assert f"def {test}(" in (ROOT / file).read_text(), where
+
+
 def test_performance_page_shows_the_runs_that_are_kept() -> None:
     """Run `python docs/performance.py` after keeping a run with `python -m bench NAME --save TAG`."""
     assert performance.PAGE.read_text() == performance.render()

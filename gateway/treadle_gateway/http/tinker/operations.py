@@ -29,6 +29,7 @@ _EARLY_SECONDS: Final = 0.25
 _GAP_SECONDS: Final = 600.0
 _MAX_EARLY_BYTES: Final = 256 * 2**20
 _RETRY_SECONDS: Final = 0.2
+_ELSEWHERE_SECONDS: Final = 1.0
 _LONGEST_RETRY_SECONDS: Final = 2.0
 # What passes without the caller doing anything.
 _PASSING: Final = frozenset({"CREDIT_EXCEEDED", "SEQ_GAP"})
@@ -78,7 +79,7 @@ class Operations:
             except TreadleError as error:
                 if not (error.retryable or self._may_come(run, wanted, error)):
                     raise
-                await asyncio.sleep(min(left, error.retry_after_seconds or _RETRY_SECONDS))
+                await self._pause(run, wanted, left, error)
                 continue
             if answer.done:
                 return answer.result
@@ -119,6 +120,15 @@ class Operations:
                 log.warning("early_operation_dropped", seq=operation.seq, cause=str(done.exception()))
 
         sending.add_done_callback(on_done)
+
+    async def _pause(self, run: RunName, wanted: OperationId, left: float, error: TreadleError) -> None:
+        """Waits for an operation to be accepted if this gateway sends it; else for a moment."""
+        sending = self._sending.get((str(run), wanted.seq))
+        if sending is not None:
+            await asyncio.wait({sending}, timeout=left)
+        else:
+            pause = _ELSEWHERE_SECONDS if error.reason == "OPERATION_NOT_FOUND" else _RETRY_SECONDS
+            await asyncio.sleep(min(left, error.retry_after_seconds or pause))
 
     def _may_come(self, run: RunName, wanted: OperationId, error: TreadleError) -> bool:
         if error.reason != "OPERATION_NOT_FOUND":

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import random
 import secrets
 import time
 import zlib
@@ -34,28 +35,33 @@ _KEPT_SECONDS: Final = 600.0
 _KEPT_BYTES: Final = 256 * 2**20
 _PATIENCE_SECONDS: Final = 600.0
 _RETRY_SECONDS: Final = 0.2
+_LONGEST_RETRY_SECONDS: Final = 5.0
 _TRIM_SECONDS: Final = 1.0
 _SEPARATOR: Final = b"\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A sample request, and the layout in which its target log-probs go back."""
+    """A sample request, and the layout in which its target log-probs go back.
+
+    `place` tells equal requests apart, so that each has a future of its own; a request that is sent again has the same.
+    """
 
     request: sampling_pb2.SampleRequest
+    place: str
     targets: TensorBody | None = None
 
     def encode(self) -> bytes:
-        """Returns both as bytes."""
+        """Returns all of it as bytes."""
         layout = self.targets.model_dump_json(exclude_none=True).encode() if self.targets else b""
-        return layout + _SEPARATOR + self.request.SerializeToString()
+        return _SEPARATOR.join((self.place.encode(), layout, self.request.SerializeToString(deterministic=True)))
 
     @classmethod
     def decode(cls, data: bytes) -> "Wanted":
         """Returns what was encoded; raises ValueError."""
-        layout, _, request = data.partition(_SEPARATOR)
+        place, layout, request = data.split(_SEPARATOR, 2)
         targets = TensorBody.model_validate_json(layout) if layout else None
-        return cls(sampling_pb2.SampleRequest.FromString(request), targets)
+        return cls(sampling_pb2.SampleRequest.FromString(request), place.decode(), targets)
 
 
 @dataclass(slots=True)
@@ -172,14 +178,16 @@ class Samples:
             raise unknown_request(request_id) from error
 
     async def _sample(self, wanted: Wanted) -> bytes:
-        until = time.monotonic() + _PATIENCE_SECONDS
+        until, pause = time.monotonic() + _PATIENCE_SECONDS, _RETRY_SECONDS
         while True:
             try:
                 answer = await self._calls.sampling.Sample(wanted.request)
             except TreadleError as error:
                 if not error.retryable or time.monotonic() > until:
                     raise
-                await asyncio.sleep(max(_RETRY_SECONDS, error.retry_after_seconds or 0.0))
+                # Thousands may be told the same at once: they come again one by one, and ever later.
+                await asyncio.sleep(max(pause, error.retry_after_seconds or 0.0) * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
             else:
                 return sample_bodies.to_response(answer, wanted.targets)
 

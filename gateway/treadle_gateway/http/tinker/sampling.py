@@ -60,7 +60,8 @@ class Sampling:
             max_context = await self._max_context(model)
         else:
             model, max_context = await self._model(body.base_model, body.model_path)
-        wanted = Wanted(sample_bodies.to_request(body, model, max_context), body.target_prompt_logprobs)
+        place = secrets.token_hex(8) if body.seq_id is None else f"{body.sampling_session_id}/{body.seq_id}"
+        wanted = Wanted(sample_bodies.to_request(body, model, max_context), place, body.target_prompt_logprobs)
         request_id = self._samples.start(wanted, body.sampling_session_id or "")
         stem = sha256(request_id.encode()).hexdigest()[:24]
         sequences = [f"q-{stem}-{index}" for index in range(body.num_samples)]
