@@ -65,7 +65,7 @@ def tinker_table() -> str:
     """Returns every endpoint of the Tinker face with the test that shows it."""
     rows = ["| endpoint | scopes | test |", "|---|---|---|"]
     # A face only keeps what it is made from until a request comes.
-    face = tinker.make_face(HttpGateway(GatewaySettings(), None, None))  # type: ignore[arg-type]
+    face = tinker.make_face(HttpGateway(GatewaySettings(), None, None, None, lambda: ""))  # type: ignore[arg-type]
     for route in face.routes:
         file, _, test = TESTS[f"{route.method} {route.path}"].partition("::")
         rows.append(

@@ -14,7 +14,7 @@ from treadle_gateway.http.faces import PUBLIC, HttpGateway, HttpRoute
 from treadle_gateway.settings import GatewaySettings
 from treadle_service.principal import SCOPES
 
-FACES = assembly.make_faces(HttpGateway(GatewaySettings(), None, None))
+FACES = assembly.make_faces(HttpGateway(GatewaySettings(), None, None, None, None))
 ROUTES: dict[str, HttpRoute] = {
     f"{route.method} {face.prefix}{route.path}": route for face in FACES for route in face.routes
 }
