@@ -41,6 +41,7 @@ class DatasetService(datasets_pb2_grpc.DatasetServiceServicer):
             # By time, as the ids that the gateway chooses.
             wanted.id = f"chatcmpl-{now_us:016x}{secrets.token_hex(8)}"
         _check_id(wanted.id)
+        _check_length(wanted)
         if request.validate_only:
             await self._database.read(
                 partial(completions.check_room, tenant=tenant, most_bytes=self._max_completion_bytes)
@@ -128,12 +129,17 @@ def _check_metadata(metadata: Mapping[str, str]) -> None:
             )
 
 
+def _check_length(wanted: datasets_pb2.StoredCompletion) -> None:
+    if len(wanted.messages_json.encode()) + len(wanted.response_json.encode()) > MAX_CONTENT_BYTES:
+        raise make_error(
+            "BAD_VALUE", f"messages and answer of a kept completion have at most {MAX_CONTENT_BYTES} bytes"
+        )
+
+
 def _check_content(wanted: datasets_pb2.StoredCompletion) -> None:
-    """Raises BAD_VALUE unless the contents are JSON of the right kind and not too long, and the model has a name."""
+    """Raises BAD_VALUE unless the contents are JSON of the right kind, and the model has a name."""
     if not 0 < len(wanted.model) <= MAX_VALUE or "\0" in wanted.model:
         raise make_error("BAD_VALUE", f"model is the name of what answered, at most {MAX_VALUE} characters")
-    if len(wanted.messages_json) + len(wanted.response_json) > MAX_CONTENT_BYTES:
-        raise make_error("BAD_VALUE", f"messages and response of a completion have at most {MAX_CONTENT_BYTES} bytes")
     for name, content, kind in (
         ("messages_json", wanted.messages_json, list),
         ("response_json", wanted.response_json, dict),

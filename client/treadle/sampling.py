@@ -18,7 +18,7 @@ from treadle.convert import prompt_logprobs_from, sampling_to_proto, sequence_fr
 from treadle.errors import BadSamplingParamsError, LimitError, TreadleError
 from treadle.futures import Handle
 from treadle.tensors import tensor_from_numpy
-from treadle.tokenizers import load_tokenizer
+from treadle.tokenizers import fetch_tokenizer, load_tokenizer
 from treadle.types import (
     ArrayInput,
     ModelInput,
@@ -98,7 +98,8 @@ class SamplingClient:
 
     def get_tokenizer(self) -> Any:  # The type is transformers', which need not be installed.
         """Returns the base's tokenizer; needs the package transformers."""
-        return load_tokenizer(self._tokenizer_id or self.get_base_model())
+        base = self.get_base_model()
+        return load_tokenizer(self._tokenizer_id or base, lambda: fetch_tokenizer(self._transport, base))
 
     def result(self, timeout: float | None = None) -> "SamplingClient":
         """Waits until the model is there and returns this client; raises what saving it raised."""

@@ -27,7 +27,7 @@ from treadle.names import check_id, parse_adapter
 from treadle.records import GetInfoResponse, ModelData, RunInfo, TextSample
 from treadle.sampling import SamplingClient
 from treadle.stream import OperationStream, Results
-from treadle.tokenizers import load_tokenizer
+from treadle.tokenizers import fetch_tokenizer, load_tokenizer
 from treadle.types import (
     AdamParams,
     BarrierResponse,
@@ -157,7 +157,8 @@ class TrainingClient:
 
     def get_tokenizer(self) -> Any:  # The type is transformers', which need not be installed.
         """Returns the base's tokenizer; needs the package transformers."""
-        return load_tokenizer(self._tokenizer_id or self._info.base)
+        base = self._info.base
+        return load_tokenizer(self._tokenizer_id or base, lambda: fetch_tokenizer(self._transport, base))
 
     def result(self, timeout: float | None = None) -> "TrainingClient":
         """Returns this client, which is there already: Tinker's programs wait for it."""

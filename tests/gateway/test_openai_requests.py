@@ -64,6 +64,7 @@ def refusal(read, body) -> tuple[str | None, str | None]:
         ({"metadata": {"a": "b" * 513}, "store": True}, "metadata.a", "invalid_value"),
         ({"metadata": {str(n): "" for n in range(17)}, "store": True}, "metadata", "invalid_value"),
         ({"model": None}, "model", "invalid_type"),
+        ({"chat_template_kwargs": {"tools": [1]}}, "chat_template_kwargs", "invalid_value"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "invalid_value"),
     ],
 )

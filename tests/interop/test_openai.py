@@ -24,6 +24,8 @@ from treadle_service.channels import internal_metadata
 
 ASK = [{"role": "user", "content": "What is the capital of Italy?"}]
 PATIENCE = 120.0
+# The first test of the file waits for the services to start.
+pytestmark = pytest.mark.timeout(300)
 
 
 @dataclass
@@ -133,6 +135,19 @@ def test_the_program_of_the_page_prints_what_it_says(user: User, capsys):
     program = program.replace("127.0.0.1:7680", user.cluster.http_address).replace("treadle_acme_...", user.key)
     exec(program, {})
     assert capsys.readouterr().out == said
+
+
+def test_a_tokenizer_that_is_not_on_this_machine_comes_from_the_service(user: User, tokenizer):
+    """Where the name that workers give means nothing: same tokens, same template, same ends."""
+    with user.treadle() as service:
+        client = service.create_sampling_client(base_model=BASE)
+        client._tokenizer_id = "/there/is/no/such/folder"
+        fetched = client.get_tokenizer()
+    text = "What is the capital of Italy? <|im_end|> é👋"
+    assert fetched.encode(text) == tokenizer.encode(text)
+    assert fetched.decode(fetched.encode(text)) == text
+    assert chat_prompt(fetched) == chat_prompt(tokenizer)
+    assert (fetched.eos_token_id, fetched.special_tokens_map) == (tokenizer.eos_token_id, tokenizer.special_tokens_map)
 
 
 def test_a_long_prompt_that_was_seen_is_told_as_cached(user: User, tokenizer):
@@ -318,6 +333,8 @@ def test_adapters_are_models(trained, user: User):
     with owner.treadle() as service:
         copied = service.pull_adapter(one, Path(owner.cluster.folder) / "copied")
         pushed = service.push_adapter(run, copied, "three").name
+    with pytest.raises(openai.NotFoundError):
+        client.models.delete(run)
     assert client.models.delete(pushed).deleted
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve(pushed)

@@ -189,6 +189,9 @@ async def test_what_cannot_be_kept_is_refused(store):
         request = datasets_pb2.CreateCompletionRequest(completion=wanted)
         assert (change, await reason_of(mine.CreateCompletion(request))) == (change, "BAD_VALUE")
     assert await names(mine) == []
+    long = completion(text="x" * 2**20)
+    request = datasets_pb2.CreateCompletionRequest(completion=long, validate_only=True)
+    assert await reason_of(mine.CreateCompletion(request)) == "BAD_VALUE"
 
 
 async def test_fsck_finds_a_count_that_went_wrong(settings, clock):

@@ -10,7 +10,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from treadle.v1 import datasets_pb2
+from treadle.v1 import sampling_pb2
 from treadle_gateway.http.exchange import Json, event_stream, read_json, until_gone
 from treadle_gateway.http.faces import json_response
 from treadle_gateway.http.openai import drawing
@@ -43,7 +43,7 @@ class ChatCompletions:
         tokenizer = await self._tokenizers.get(model.base)
         if fields.store:
             # Refused before anything is drawn.
-            await self._calls.datasets.CreateCompletion(datasets_pb2.CreateCompletionRequest(validate_only=True))
+            await self._stored.check(fields)
         prompt = await asyncio.to_thread(_prompt, tokenizer, fields)
         num_top = (fields.top_logprobs or 0) if fields.logprobs else 0
         wanted = drawing.Wanted(model.name, fields.choices, fields.limit, num_top)
@@ -64,10 +64,8 @@ class ChatCompletions:
             answer = StreamedAnswer(frame, shape, fields.choices, usage)
             return await event_stream(request, self._events(fields, frame, answer, requests), body_of)
         (response,) = await until_gone(request, drawing.draw(self._calls, requests))
-        usage.cached = response.prompt_cache_hit_tokens
-        choices = [take_whole(frame.choice(index), sequence) for index, sequence in enumerate(response.sequences)]
-        usage.sampled = sum(choice.num_tokens for choice in choices)
-        whole = whole_answer(frame, shape, choices, usage)
+        # Beside the loop: log-probs of many tokens take long to write.
+        whole = await asyncio.to_thread(_whole, frame, shape, usage, response)
         if fields.store:
             whole = await self._stored.keep(fields, whole)
         return json_response(whole)
@@ -83,6 +81,13 @@ class ChatCompletions:
             await self._stored.keep(fields, answer.whole())
         if frame.include_usage:
             yield answer.usage_chunk()
+
+
+def _whole(frame: Frame, shape: ChatShape, usage: Usage, response: sampling_pb2.SampleResponse) -> Json:
+    usage.cached = response.prompt_cache_hit_tokens
+    choices = [take_whole(frame.choice(index), sequence) for index, sequence in enumerate(response.sequences)]
+    usage.sampled = sum(choice.num_tokens for choice in choices)
+    return whole_answer(frame, shape, choices, usage)
 
 
 def ends_of(tokenizer: BaseTokenizer, stop_token_ids: list[int] | None) -> frozenset[int]:

@@ -74,7 +74,9 @@ class Completions:
         requests = drawing.sample_requests(fields, wanted, prompts)
         if fields.stream:
             return await event_stream(request, self._events(frame, answer, requests), body_of)
-        return json_response(answer.whole_of(await until_gone(request, drawing.draw(self._calls, requests))))
+        responses = await until_gone(request, drawing.draw(self._calls, requests))
+        # Beside the loop: log-probs of many tokens take long to write.
+        return json_response(await asyncio.to_thread(answer.whole_of, responses))
 
     async def _events(self, frame: Frame, answer: "_Answer", requests: drawing.Requests) -> AsyncGenerator[Json, None]:
         async with aclosing(drawing.draw_streaming(self._calls, requests)) as messages:

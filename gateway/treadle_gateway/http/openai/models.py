@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from treadle.errors import TreadleError
+from treadle.errors import NotFoundError, TreadleError
 from treadle.names import is_adapter, parse_run
 from treadle.v1 import adapters_pb2, admin_pb2
 from treadle_gateway.directory import Directory, model_not_found
@@ -70,7 +70,7 @@ class Models:
         model = await self.find(name)
         bases = await self._bases()
         if not is_adapter(model.name):
-            return _entry(name, 0, _OWNER, bases[model.base], model.base)
+            return _entry(name, 0, _OWNER, bases.get(model.base), model.base)
         answer = await self._calls.adapters.GetRevision(adapters_pb2.GetRevisionRequest(name=model.name))
         return _revision(answer.revision, bases.get(model.base), name)
 
@@ -83,12 +83,16 @@ class Models:
         return shown + [_revision(revision, bases.get(revision.base)) for revision in answer.revisions]
 
     async def delete(self, name: str) -> str:
-        """Deletes a saved revision and returns its exact name; PERMISSION_DENIED without the scope train."""
-        model = await self.find(name)
-        if not is_adapter(model.name):
+        """Deletes a saved revision and returns its exact name; MODEL_NOT_FOUND for all else."""
+        exact = self.exact_name(name)
+        if not is_adapter(exact):
+            # A run is no name of a revision here: which one it means may have changed since the caller looked.
             raise model_not_found(name)
-        await self._calls.adapters.DeleteRevision(adapters_pb2.DeleteRevisionRequest(name=model.name))
-        return model.name
+        try:
+            await self._calls.adapters.DeleteRevision(adapters_pb2.DeleteRevisionRequest(name=exact))
+        except NotFoundError as error:
+            raise model_not_found(name) from error
+        return exact
 
     async def _bases(self) -> dict[str, admin_pb2.BaseModel]:
         answer = await self._calls.admin.GetCapabilities(admin_pb2.GetCapabilitiesRequest())

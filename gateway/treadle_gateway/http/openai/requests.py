@@ -52,6 +52,8 @@ _NEUTRAL_MESSAGE: Final[Mapping[str, tuple[object, ...]]] = {
     "tool_call_id": (None,),
 }
 _IGNORED: Final = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")
+# What a chat template is given by the face, or never.
+_OWN_VARIABLES: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _SERVICE_TIERS: Final = (None, "auto", "default")
 
 
@@ -215,6 +217,8 @@ class ChatRequest(SamplingFields):
             raise _Wrong("max_tokens", "and `max_completion_tokens` say different things; give one of them")
         if self.metadata and not self.store:
             raise _Wrong("metadata", "is only kept with `store: true`")
+        for name in _OWN_VARIABLES & (self.chat_template_kwargs or {}).keys():
+            raise _Wrong("chat_template_kwargs", f"must not have {name!r}, which this face sets itself")
         if self.continue_final_message and self.add_generation_prompt:
             raise _Wrong("continue_final_message", "and `add_generation_prompt` exclude each other")
         return self

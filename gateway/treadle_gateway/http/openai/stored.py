@@ -31,20 +31,19 @@ class Stored:
         self._calls = calls
         self._models = models
 
+    async def check(self, fields: ChatRequest) -> None:
+        """Raises what would keep an answer to this request from being kept, as far as that is known before it is."""
+        request = datasets_pb2.CreateCompletionRequest(completion=_begun(fields), validate_only=True)
+        await self._calls.datasets.CreateCompletion(request)
+
     async def keep(self, fields: ChatRequest, answer: Json) -> Json:
         """Keeps an answer with its conversation, and returns it with its metadata; raises what keeps it from that."""
-        metadata = dict(fields.metadata or {})
+        completion = _begun(fields)
         kept = answer | {name: getattr(fields, name) for name in _KEPT_FIELDS}
-        messages = [{"role": message.role, "content": message.text} for message in fields.messages]
-        completion = datasets_pb2.StoredCompletion(
-            id=answer["id"],
-            model=answer["model"],
-            metadata=metadata,
-            messages_json=orjson.dumps(messages).decode(),
-            response_json=orjson.dumps(kept).decode(),
-        )
+        completion.id, completion.model = answer["id"], answer["model"]
+        completion.response_json = orjson.dumps(kept).decode()
         await self._calls.datasets.CreateCompletion(datasets_pb2.CreateCompletionRequest(completion=completion))
-        return answer | {"metadata": metadata}
+        return answer | {"metadata": dict(completion.metadata)}
 
     async def list(self, request: Request) -> Response:
         """GET /v1/chat/completions: a page, by time."""
@@ -111,7 +110,7 @@ class _Query:
         limit = self.rest.pop("limit", str(_DEFAULT))
         if order not in ("asc", "desc"):
             raise FieldError("`order` is asc or desc", "order", "invalid_value")
-        if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= _MOST):
+        if not (limit.isascii() and limit.isdecimal() and len(limit) <= 3 and 1 <= int(limit) <= _MOST):
             raise FieldError(f"`limit` is a number from 1 to {_MOST}", "limit", "invalid_value")
         self.descending, self.limit = order == "desc", int(limit)
 
@@ -121,6 +120,12 @@ class _Query:
         for name in self.rest:
             if name not in known:
                 raise FieldError(f"there is no parameter `{name[:100]}` here", name[:100], "unknown_parameter")
+
+
+def _begun(fields: ChatRequest) -> datasets_pb2.StoredCompletion:
+    """Returns what is kept of a request, without its answer: the conversation as the base's template read it."""
+    messages = [message.for_template() for message in fields.messages]
+    return datasets_pb2.StoredCompletion(metadata=fields.metadata or {}, messages_json=orjson.dumps(messages).decode())
 
 
 def _page(entries: list[Any], has_more: bool) -> Json:  # Any: JSON objects of several kinds.
