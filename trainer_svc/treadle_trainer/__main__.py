@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -48,7 +49,8 @@ async def build(host: ServiceHost, settings: TrainerSettings) -> AsyncIterator[N
             slot.fill(trainer)
             host.on_drain(trainer.drain)
             await host.set_ready(True)
-            executor.beside(Device.warm_up)
+            # On a thread of its own: runs that come right now, from a trainer that leaves, must not wait for it.
+            asyncio.get_running_loop().run_in_executor(None, Device.warm_up)
             yield
     finally:
         executor.stop()

@@ -99,8 +99,9 @@ class Device:
         """Gives the calling thread as many torch threads as the loading one has: sums depend on their number."""
         torch.set_num_threads(torch.get_num_threads())
 
-    def warm_up(self) -> None:
-        """Does what the first export would have to wait for."""
+    @staticmethod
+    def warm_up() -> None:
+        """Does what the first export would have to wait for, about two seconds; safe from any thread."""
         warm_up()
 
     def rest(self) -> None:

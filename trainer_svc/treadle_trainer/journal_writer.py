@@ -112,9 +112,10 @@ class JournalWriter:
         self._wake.set()
 
     def commit(self, run: str, commit: journal_pb2.JournalCommit) -> None:
-        """Queues a result, the one after the last, with what it cost."""
-        self._pending[run].commits.append(commit)
-        self._wake.set()
+        """Queues a result, the one after the last, with what it cost; nothing for a run that is closed."""
+        if run in self._pending:
+            self._pending[run].commits.append(commit)
+            self._wake.set()
 
     def acknowledge(self, run: str, seq: int) -> None:
         """Queues the news that results up to `seq` were delivered; goes with the next write."""

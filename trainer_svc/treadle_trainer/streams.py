@@ -145,7 +145,8 @@ class OperationStream:
         """Takes an operation; one that is over its tenant's budget by a moment waits, and with it all behind it."""
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + PATIENCE_SECONDS
-        while True:
+        # What crosses with Drain is left to its client, which keeps it and sends it on its next stream.
+        while not self._resident.draining:
             try:
                 self._resident.accept(operation)
             except LimitError as error:

@@ -37,6 +37,7 @@ from treadle_trainer.snapshots import Snapshots
 from treadle_trainer.trace import PassTrace
 
 HAND_OVER_SECONDS: Final = 60.0
+_HAND_OVERS_AT_ONCE: Final = 4
 _HOUSEKEEPING_SECONDS: Final = 1.0
 _ASKED_AT_ONCE: Final = 1000
 log = get_logger(__name__)
@@ -135,7 +136,7 @@ class Trainer:
             resident.last_used = time.monotonic()
             return resident
         if self.draining:
-            raise make_error("DRAINING", "this trainer is about to stop; connect again", 0.2)
+            raise make_error("DRAINING", "this trainer is about to stop; connect again", 0.0)
         task = self._loading.get(name)
         if task is None:
             task = self._loading[name] = asyncio.create_task(self._load(name))
@@ -154,20 +155,29 @@ class Trainer:
             return
         if name not in self._leaving:
             reason = error or make_error(
-                "WORKER_LOST", f"{name} moves to another trainer; connect again and go on", 0.2
+                "WORKER_LOST", f"{name} moves to another trainer; connect again and go on", 0.0
             )
             task = self._leaving[name] = asyncio.create_task(self._hand_over(resident, reason))
             task.add_done_callback(lambda _: self._leaving.pop(name, None))
         await asyncio.shield(self._leaving[name])
 
     async def drain(self) -> None:
-        """Hands all runs over: finishes what runs, snapshots, releases, and tells the store that this worker goes."""
+        """Hands all runs over: finishes what runs, snapshots, releases, and tells the store that this worker goes.
+
+        A few at a time: a run stands still for its own hand-over, and works on during those of the others.
+        """
         self.draining = True
         error = make_error("DRAINING", "the trainer is about to stop; connect again and go on", 0.0)
         # Off the list first: who is told to connect again must not be sent here.
         await self.registration.end()
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
-        await asyncio.gather(*(self.evict(name, error) for name in list(self._residents)))
+        turns = asyncio.Semaphore(_HAND_OVERS_AT_ONCE)
+
+        async def leave(name: str) -> None:
+            async with turns:
+                await self.evict(name, error)
+
+        await asyncio.gather(*(leave(name) for name in list(self._residents)))
 
     @property
     def queue_depth(self) -> int:
@@ -235,10 +245,14 @@ class Trainer:
             log.warning("hand_over_slow", run=resident.name)
         except TreadleError as lost:
             log.warning("hand_over_failed", run=resident.name, reason=lost.reason)
-        await self._close(resident, error)
+        # Given back before the streams end, so that who connects again finds the run free. What was not flushed is
+        # written by nobody: its clients send it again.
+        self._writer.close(resident.name)
+        self._loop.remove(resident.name)
         failpoints.reach("trainer.leaving")
         with suppress(TreadleError), failpoints.around("trainer.release"):
             await self._store.release(resident.name, resident.facts.epoch)
+        await self._close(resident, error)
         log.info("run_left", run=resident.name, epoch=resident.facts.epoch, reason=error.reason)
 
     async def _close(self, resident: Resident, error: TreadleError) -> None:
