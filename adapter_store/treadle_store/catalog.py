@@ -8,9 +8,10 @@ import hashlib
 import json
 import math
 import secrets
+from collections.abc import Mapping
 from typing import Final
 
-from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, insert, or_, select
+from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, insert, or_, select, tuple_
 
 from treadle.errors import make_error
 from treadle.names import RunName, check_id, check_tenant, parse_adapter
@@ -143,12 +144,20 @@ def lock_run(connection: Connection, name: RunName) -> RunRow:
 def lock_leased_run(connection: Connection, name: RunName, epoch: int) -> RunRow | None:
     """Returns the row of fetch_run if its lease is held with this epoch, None otherwise; checked under its lock.
 
-    One statement locks run and lease and compares the epoch with the lease as it is once locked: until the
-    transaction ends nobody can claim the run, give it back or remove it.
+    Until the transaction ends nobody can claim the run, give it back or remove it.
     """
-    return connection.execute(
-        _LOCK_LEASED_RUN, {"of_tenant": name.tenant, "of_run": name.run, "of_epoch": min(epoch, 2**63 - 1)}
-    ).one_or_none()
+    return lock_leased_runs(connection, {name: epoch}).get(name)
+
+
+def lock_leased_runs(connection: Connection, epochs: Mapping[RunName, int]) -> dict[RunName, RunRow]:
+    """Returns those of the runs whose leases are held with these epochs, each as `lock_leased_run` does.
+
+    One statement locks runs and leases, in order of their names, and compares the epochs with the leases as they are
+    once locked.
+    """
+    wanted = [(name.tenant, name.run, min(epoch, 2**63 - 1)) for name, epoch in epochs.items()]
+    rows = connection.execute(_LOCK_LEASED_RUNS, {"of_runs": wanted})
+    return {RunName(row.tenant, row.run): row for row in rows}
 
 
 _LEASE_COLUMNS: Final = (leases.c.holder, leases.c.address, leases.c.epoch, leases.c.expires_us)
@@ -175,10 +184,14 @@ _LOCK_LEASE: Final = (
     .where(leases.c.tenant == bindparam("of_tenant"), leases.c.run == bindparam("of_run"))
     .with_for_update()
 )
-_LOCK_LEASED_RUN: Final = (
+_LOCK_LEASED_RUNS: Final = (
     select(*runs.c, *_LEASE_COLUMNS)
     .select_from(runs.join(leases, _HAS_LEASE))
-    .where(_THIS_RUN, leases.c.epoch == bindparam("of_epoch"), leases.c.holder != "")
+    .where(
+        tuple_(leases.c.tenant, leases.c.run, leases.c.epoch).in_(bindparam("of_runs", expanding=True)),
+        leases.c.holder != "",
+    )
+    .order_by(runs.c.tenant, runs.c.run)
     .with_for_update(of=[runs, leases])
 )
 

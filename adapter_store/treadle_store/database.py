@@ -2,8 +2,9 @@
 
 A body is a function of a Connection that runs inside a transaction and may run again: nothing of it lasts unless the
 transaction commits. The writer drains what waits, runs all bodies in one transaction and commits once, so that many
-writes share one fsync. If one fails they run again, each in a SAVEPOINT, so that it fails alone. A write is answered
-after the commit. Knows nothing of what the bodies say, and leaves to `engines` what differs between databases.
+writes share one fsync. Bodies of a kind may share their statements too (`Batched`). If one fails they run again, each
+in a SAVEPOINT, so that it fails alone. A write is answered after the commit. Knows nothing of what the bodies say, and
+leaves to `engines` what differs between databases.
 """
 
 import asyncio
@@ -12,7 +13,8 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar, cast
+from itertools import islice
+from typing import Any, Final, Generic, TypeVar, cast
 
 from prometheus_client import Counter, Histogram
 from sqlalchemy import Connection
@@ -29,7 +31,10 @@ _SHARED: Final = Histogram("treadle_store_commit_writes", "Writes that share a t
 _TROUBLE: Final = Counter("treadle_store_database_troubles_total", "Transactions that the database could not do")
 
 T = TypeVar("T")
+ItemT = TypeVar("ItemT")
 Body = Callable[[Connection], T]
+# Runs bodies in an open transaction and returns their values or failures, each body's of its own type.
+_Run = Callable[[Connection, Sequence[Body[Any]]], list[Any]]
 
 MAX_GROUPS_PER_COMMIT: Final = 256
 MAX_WAITING: Final = 4096
@@ -48,6 +53,24 @@ class _Group:
 
     bodies: Sequence[Body[Any]]  # each body has its own type of value
     outcomes: Future[list[Any]] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
+class Batched(Generic[ItemT, T]):
+    """A body that shares its statements with the others of its kind in a transaction.
+
+    `batch` gives each item's value, or the error of one of which it has written nothing.
+    """
+
+    batch: Callable[[Connection, Sequence[ItemT]], Sequence[T | TreadleError]]
+    item: ItemT
+
+    def __call__(self, connection: Connection) -> T:
+        """Runs alone."""
+        (outcome,) = self.batch(connection, [self.item])
+        if isinstance(outcome, TreadleError):
+            raise outcome
+        return outcome
 
 
 class _BodyFailedError(Exception):
@@ -153,41 +176,60 @@ class Database:
             group.outcomes.set_result(values)
 
     def _run_and_commit(self, groups: list[_Group]) -> list[list[Any]]:
-        run: Callable[[Connection, Body[Any]], Any] = _run_together
+        run: _Run = _run_together
         tries_left = MAX_RERUNS
         while True:
             try:
                 return self._transact(groups, run)
             except _BodyFailedError:
-                run = _run_alone
+                run = _run_each_alone
             except DBAPIError as error:
                 tries_left -= 1
                 if not (tries_left and may_rerun(error, committing=self._committing)):
                     raise
                 log.info("transaction_runs_again", cause=str(error.orig))
 
-    def _transact(self, groups: list[_Group], run: Callable[[Connection, Body[Any]], Any]) -> list[list[Any]]:
+    def _transact(self, groups: list[_Group], run: _Run) -> list[list[Any]]:
         self._committing = False
         with self._engines.writer.connect() as connection, patience(connection):
             # Left without a commit, the transaction is rolled back when the connection goes back to its pool.
             transaction = connection.begin()
-            outcomes = [[run(connection, body) for body in group.bodies] for group in groups]
+            outcomes = iter(run(connection, [body for group in groups for body in group.bodies]))
+            values = [list(islice(outcomes, len(group.bodies))) for group in groups]
             failpoints.reach("store.commit.before")
             self._committing = True
             transaction.commit()
-        return outcomes
+        return values
 
 
-def _run_together(connection: Connection, body: Body[Any]) -> Any:
-    """Returns the body's value; raises _BodyFailedError, or DBAPIError when the database itself is in trouble."""
+def _run_together(connection: Connection, bodies: Sequence[Body[Any]]) -> list[Any]:
+    """Returns the bodies' values, those of a kind from one call.
+
+    Raises _BodyFailedError if one of them raised, or DBAPIError when the database itself is in trouble.
+    """
+    values: list[Any] = [None] * len(bodies)
+    kinds: dict[Callable[..., Any], list[int]] = {}
     try:
-        return body(connection)
+        for place, body in enumerate(bodies):
+            if isinstance(body, Batched):
+                kinds.setdefault(body.batch, []).append(place)
+            else:
+                values[place] = body(connection)
+        for batch, places in kinds.items():
+            items = [cast(Batched[Any, Any], bodies[place]).item for place in places]
+            for place, outcome in zip(places, batch(connection, items), strict=True):
+                values[place] = _Failure(outcome) if isinstance(outcome, TreadleError) else outcome
     except DBAPIError as error:
         if is_trouble(error):
             raise
         raise _BodyFailedError from error
     except Exception as error:
         raise _BodyFailedError from error
+    return values
+
+
+def _run_each_alone(connection: Connection, bodies: Sequence[Body[Any]]) -> list[Any]:
+    return [_run_alone(connection, body) for body in bodies]
 
 
 def _run_alone(connection: Connection, body: Body[Any]) -> Any:

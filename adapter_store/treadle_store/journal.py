@@ -1,7 +1,7 @@
-"""The exactly-once protocol: leases with a fencing epoch, operations, results, snapshots, recovery.
+"""The exactly-once protocol: leases with a fencing epoch, snapshots, recovery.
 
-Bodies for Database.read and Database.write; each runs in one transaction, so that the epoch that is checked is the
-epoch under which is written. Invariants:
+How operations and results are written is in `journal_entries`. Bodies for Database.read and Database.write; each runs
+in one transaction, so that the epoch that is checked is the epoch under which is written. Invariants:
 
 - ops are appended without gaps; the same seq with the same digest is the same op;
 - a result is written once and never changed; `last_done_seq` is the end of the gapless results;
@@ -10,29 +10,27 @@ epoch under which is written. Invariants:
 Knows nothing of what an operation does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, insert, select, tuple_, update
 
-from treadle.errors import make_error
-from treadle.internal.v1 import journal_pb2, usage_pb2
+from treadle.errors import TreadleError, make_error
+from treadle.internal.v1 import journal_pb2
 from treadle.names import RunName
 from treadle.v1 import training_pb2
-from treadle_store import metrics, quotas, usage
+from treadle_store import quotas
 from treadle_store.catalog import RunRow, fetch_run, lock_leased_run, lock_run, to_run
 from treadle_store.clock import to_duration, to_timestamp
 from treadle_store.tables import leases, ops, results, runs, snapshots
 
-# The statements of every write, built once: putting one together costs more than running it.
-_MOVE_RUN: Final = update(runs).where(runs.c.tenant == bindparam("of_tenant"), runs.c.run == bindparam("of_run"))
-_INSERT_OPS: Final = insert(ops)
-_INSERT_RESULTS: Final = insert(results)
-_RESULTS_AHEAD: Final = select(results.c.seq).where(
-    results.c.tenant == bindparam("of_tenant"),
-    results.c.run == bindparam("of_run"),
-    results.c.seq > bindparam("done_seq"),
+# Built once: every acknowledgement needs them.
+_COVERED: Final = select(snapshots.c.tenant, snapshots.c.run, snapshots.c.seq).where(
+    tuple_(snapshots.c.tenant, snapshots.c.run).in_(bindparam("of_runs", expanding=True))
+)
+_DROP_OPS: Final = delete(ops).where(
+    ops.c.tenant == bindparam("of_tenant"), ops.c.run == bindparam("of_run"), ops.c.seq <= bindparam("end")
 )
 
 
@@ -102,39 +100,16 @@ def check_epoch(connection: Connection, name: RunName, epoch: int, *, lock: bool
     row = lock_leased_run(connection, name, epoch) if lock else fetch_run(connection, name)
     if row is not None and row.epoch == epoch and row.holder:
         return row
+    raise stale_lease(connection, name, epoch)
+
+
+def stale_lease(connection: Connection, name: RunName, epoch: int) -> TreadleError:
+    """Returns the error for a write under an epoch that is over. Raises RUN_NOT_FOUND."""
     there = fetch_run(connection, name)
-    raise make_error(
+    return make_error(
         "STALE_LEASE",
         f"{name} is at epoch {there.epoch or 0}, this worker writes with {epoch}; drop the run and claim it again",
     )
-
-
-def write_entry(
-    connection: Connection, entry: journal_pb2.JournalEntry, name: RunName, now_us: int
-) -> usage_pb2.Budget | None:
-    """Appends operations and records results of one run with their metrics, all or none; charges what they cost.
-
-    Returns what the tenant may still use, if it was charged and has a quota.
-    Raises STALE_LEASE, SEQ_GAP, SEQ_REUSED or RUN_NOT_FOUND.
-    """
-    row = check_epoch(connection, name, entry.epoch)
-    last_seq = _append(connection, name, row.last_seq, entry.appends)
-    last_done_seq = row.last_done_seq
-    fresh: list[journal_pb2.JournalCommit] = []
-    if entry.commits:
-        last_done_seq, fresh = _record_results(connection, name, last_seq, last_done_seq, entry.commits)
-    # An ack beyond the results is a client's mistake; it must not drop what is still to come.
-    acked_seq = max(row.acked_seq, min(entry.acked_seq, last_done_seq))
-    moved = metrics.record_steps(connection, name, row, fresh, now_us)
-    if moved or (last_seq, last_done_seq, acked_seq) != (row.last_seq, row.last_done_seq, row.acked_seq):
-        position = {"last_seq": last_seq, "last_done_seq": last_done_seq, "acked_seq": acked_seq, **moved}
-        connection.execute(_MOVE_RUN, {**position, "of_tenant": name.tenant, "of_run": name.run})
-    if acked_seq > row.acked_seq:
-        _truncate(connection, name, acked_seq)
-    if not fresh:
-        return None
-    num_tokens, device_us = sum(c.num_tokens for c in fresh), sum(c.device_us for c in fresh)
-    return usage.record_training(connection, name, len(fresh), num_tokens, device_us, now_us)
 
 
 def read_result(connection: Connection, name: RunName, seq: int) -> bytes:
@@ -179,7 +154,7 @@ def write_snapshot(connection: Connection, name: RunName, epoch: int, snapshot: 
     )
     covered = (ops.c.tenant == name.tenant, ops.c.run == name.run, ops.c.seq <= snapshot.seq)
     connection.execute(update(ops).where(*covered).values(payload=None, payload_sha256=None))
-    _truncate(connection, name, row.acked_seq)
+    truncate(connection, {name: row.acked_seq})
 
 
 def mark_diverged(
@@ -244,85 +219,16 @@ def recovery_page(
     ]
 
 
-def _append(connection: Connection, name: RunName, last_seq: int, appends: Sequence[journal_pb2.JournalAppend]) -> int:
-    """Adds operations behind `last_seq` and returns the new last seq; repeats of the same operations are skipped."""
-    repeated = [append for append in appends if append.seq <= last_seq]
-    _check_repeats(connection, name, repeated)
-    fresh = []
-    for append in appends:
-        if append.seq <= last_seq:
-            continue
-        if append.seq != last_seq + 1:
-            raise make_error("SEQ_GAP", f"{name} expects seq {last_seq + 1}, got {append.seq}; send the missing ones")
-        last_seq = append.seq
-        fresh.append(
-            {
-                "tenant": name.tenant,
-                "run": name.run,
-                "seq": append.seq,
-                "digest": _signed(append.digest),
-                "payload": None if append.payload_sha256 else append.payload,
-                "payload_sha256": append.payload_sha256 or None,
-            }
-        )
-    if fresh:
-        connection.execute(_INSERT_OPS, fresh)
-    return last_seq
-
-
-def _check_repeats(connection: Connection, name: RunName, repeated: Sequence[journal_pb2.JournalAppend]) -> None:
-    for append in repeated:
-        here = (ops.c.tenant == name.tenant, ops.c.run == name.run, ops.c.seq == append.seq)
-        digest = connection.execute(select(ops.c.digest).where(*here)).scalar_one_or_none()
-        if digest is None:
-            raise make_error("SEQ_REUSED", f"operation {append.seq} of {name} is done, delivered and dropped")
-        if digest != _signed(append.digest):
-            raise make_error("SEQ_REUSED", f"seq {append.seq} of {name} was used for another operation")
-
-
-def _record_results(
-    connection: Connection,
-    name: RunName,
-    last_seq: int,
-    last_done_seq: int,
-    commits: Sequence[journal_pb2.JournalCommit],
-) -> tuple[int, list[journal_pb2.JournalCommit]]:
-    """Adds results that are not there yet; returns the new end of the gapless ones, and those that were added."""
-    here = {"of_tenant": name.tenant, "of_run": name.run, "done_seq": last_done_seq}
-    # Results ahead of a gap exist only where an operation was cancelled or refused before earlier ones finished.
-    ahead = set(connection.execute(_RESULTS_AHEAD, here).scalars())
-    fresh: dict[int, journal_pb2.JournalCommit] = {}
-    for commit in commits:
-        if not 1 <= commit.seq <= last_seq:
-            raise make_error("SEQ_GAP", f"{name} has no operation {commit.seq} to record a result of; append it first")
-        if commit.seq <= last_done_seq or commit.seq in ahead or commit.seq in fresh:
-            continue
-        fresh[commit.seq] = commit
-    if fresh:
-        rows = [
-            {
-                "tenant": name.tenant,
-                "run": name.run,
-                "seq": commit.seq,
-                "result": commit.result,
-                "state_digest": commit.state_digest,
-            }
-            for commit in fresh.values()
-        ]
-        connection.execute(_INSERT_RESULTS, rows)
-    done = ahead | fresh.keys()
-    while last_done_seq + 1 in done:
-        last_done_seq += 1
-    return last_done_seq, list(fresh.values())
-
-
-def _truncate(connection: Connection, name: RunName, acked_seq: int) -> None:
-    """Drops operations that the newest snapshot covers and whose results were delivered."""
-    here = and_(snapshots.c.tenant == name.tenant, snapshots.c.run == name.run)
-    covered = connection.execute(select(snapshots.c.seq).where(here)).scalar_one_or_none()
-    end = min(acked_seq, covered or 0)
-    if end > 0:
-        connection.execute(delete(ops).where(ops.c.tenant == name.tenant, ops.c.run == name.run, ops.c.seq <= end))
+def truncate(connection: Connection, delivered: Mapping[RunName, int]) -> None:
+    """Drops operations that their run's newest snapshot covers and whose results were delivered, up to these seqs."""
+    these = [(name.tenant, name.run) for name in delivered]
+    covered = connection.execute(_COVERED, {"of_runs": these})
+    ends = [
+        {"of_tenant": row.tenant, "of_run": row.run, "end": min(row.seq, delivered[RunName(row.tenant, row.run)])}
+        for row in covered
+    ]
+    if ends:
+        connection.execute(_DROP_OPS, ends)
 
 
 def _same_op() -> ColumnElement[bool]:
@@ -331,7 +237,3 @@ def _same_op() -> ColumnElement[bool]:
 
 def _lease_of(name: RunName) -> ColumnElement[bool]:
     return and_(leases.c.tenant == name.tenant, leases.c.run == name.run)
-
-
-def _signed(digest: int) -> int:
-    return digest - 2**64 if digest >= 2**63 else digest

@@ -6,7 +6,7 @@ Database.write.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, cast
 
 from sqlalchemy import ColumnElement, Connection, Table, and_, delete, or_, select, update
 
@@ -36,31 +36,36 @@ _USER: Final = metrics_pb2.METRIC_SOURCE_USER
 _CHANGED: Final = ("cursor", "point")
 
 Columns = dict[str, int]
+Values = dict[str, object]
 
 
-def record_steps(
-    connection: Connection, name: RunName, row: RunRow, commits: Sequence[journal_pb2.JournalCommit], now_us: int
-) -> Columns:
-    """Keeps the metrics of optimizer steps; returns the columns of the run's row that move with them.
+def plan_steps(
+    name: RunName, row: RunRow, commits: Sequence[journal_pb2.JournalCommit], now_us: int
+) -> tuple[list[Values], Columns]:
+    """Returns the points of optimizer steps, and the columns of the run's row as they are with them.
 
     The caller holds the run's row, and writes each commit once.
     """
     steps = [commit.metrics for commit in commits if commit.HasField("metrics")]
-    if not steps:
-        return {}
     cursor, ordinal = row.metric_cursor, row.num_recorded
-    added = [
+    points = [
         _row(name, _SERVICE, ordinal + place, cursor + place, step.step, step.values, now_us)
         for place, step in enumerate(steps, 1)
     ]
-    insert_or_update(connection, metrics, added, replace=_CHANGED)
     moved = {
         "metric_cursor": cursor + len(steps),
         "num_recorded": ordinal + len(steps),
-        "last_step": steps[-1].step,
+        "last_step": steps[-1].step if steps else row.last_step,
     }
-    _thin(connection, metrics, name, ordinal, moved["num_recorded"], WINDOW, source=_SERVICE)
-    return moved
+    return points, moved
+
+
+def record_steps(connection: Connection, points: Mapping[RunName, Sequence[Values]]) -> None:
+    """Keeps the planned points of runs."""
+    insert_or_update(connection, metrics, [point for added in points.values() for point in added], replace=_CHANGED)
+    for name, added in points.items():
+        newest = cast(int, added[-1]["ordinal"])
+        _thin(connection, metrics, name, newest - len(added), newest, WINDOW, source=_SERVICE)
 
 
 def log_steps(connection: Connection, name: RunName, steps: Sequence[metrics_pb2.LoggedStep], now_us: int) -> None:

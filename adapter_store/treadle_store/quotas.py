@@ -5,8 +5,8 @@ Time before now is credit, at most one minute of it; time after now is debt. The
 copies, gateways nothing, so that any number of each can serve a tenant. Bodies for Database.read and Database.write.
 """
 
-from collections.abc import Sequence
-from typing import Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, exists, func, select, update
 
@@ -35,6 +35,12 @@ _LIMITS: Final = (
 )
 _FETCH: Final = select(*quotas.c).where(quotas.c.tenant == bindparam("of_tenant"))
 _LOCK: Final = _FETCH.with_for_update()
+_LOCK_ALL: Final = (
+    select(*quotas.c)
+    .where(quotas.c.tenant.in_(bindparam("of_tenants", expanding=True)))
+    .order_by(quotas.c.tenant)
+    .with_for_update()
+)
 _PAY: Final = {
     "training": update(quotas)
     .where(quotas.c.tenant == bindparam("of_tenant"))
@@ -82,21 +88,25 @@ def get_quota(connection: Connection, tenant: str) -> admin_pb2.Quota:
 def budget_of(connection: Connection, tenant: str, now_us: int) -> usage_pb2.Budget:
     """Returns what a tenant may use now; one without a quota, or without a name, has no limits."""
     row = connection.execute(_FETCH, {"of_tenant": tenant}).one_or_none()
-    return usage_pb2.Budget(tenant=tenant) if row is None else _to_budget(row, now_us)
+    return usage_pb2.Budget(tenant=tenant) if row is None else _to_budget(row._asdict(), now_us)
 
 
-def charge(connection: Connection, tenant: str, kind: Kind, num_tokens: int, now_us: int) -> usage_pb2.Budget | None:
-    """Takes tokens from a tenant's bucket, into debt if need be; returns its budget, None if it has no quota."""
-    row = connection.execute(_LOCK, {"of_tenant": tenant}).one_or_none()
-    if row is None:
-        return None
-    rate = row.training_tokens_per_minute if kind == "training" else row.sampling_tokens_per_minute
-    if rate and num_tokens:
-        paid_us = row.training_paid_us if kind == "training" else row.sampling_paid_us
-        paid_us = min(max(paid_us, now_us - MINUTE_US) + num_tokens * MINUTE_US // rate, 2**62)
-        connection.execute(_PAY[kind], {"of_tenant": tenant, "paid": paid_us})
-        row = connection.execute(_FETCH, {"of_tenant": tenant}).one()
-    return _to_budget(row, now_us)
+def charge(connection: Connection, kind: Kind, tokens: Mapping[str, int], now_us: int) -> dict[str, usage_pb2.Budget]:
+    """Takes tokens from tenants' buckets, into debt if need be; returns the budgets of those that have a quota."""
+    budgets: dict[str, usage_pb2.Budget] = {}
+    payments: list[dict[str, object]] = []
+    paid_column, rate_column = f"{kind}_paid_us", f"{kind}_tokens_per_minute"
+    for row in connection.execute(_LOCK_ALL, {"of_tenants": list(tokens)}):
+        values = row._asdict()
+        rate = values[rate_column]
+        if rate and tokens[row.tenant]:
+            paid_us = max(values[paid_column], now_us - MINUTE_US) + tokens[row.tenant] * MINUTE_US // rate
+            values[paid_column] = min(paid_us, 2**62)
+            payments.append({"of_tenant": row.tenant, "paid": values[paid_column]})
+        budgets[row.tenant] = _to_budget(values, now_us)
+    if payments:
+        connection.execute(_PAY[kind], payments)
+    return budgets
 
 
 def check_new_run(connection: Connection, tenant: str) -> None:
@@ -195,12 +205,12 @@ def _require_tenant(connection: Connection, tenant: str) -> None:
         raise make_error("TENANT_NOT_FOUND", f"there is no tenant {tenant[:40]!r}")
 
 
-def _to_budget(row: QuotaRow, now_us: int) -> usage_pb2.Budget:
+def _to_budget(row: Mapping[str, Any], now_us: int) -> usage_pb2.Budget:
     return usage_pb2.Budget(
-        tenant=row.tenant,
-        training=_to_allowance(row.training_tokens_per_minute, row.training_paid_us, now_us),
-        sampling=_to_allowance(row.sampling_tokens_per_minute, row.sampling_paid_us, now_us),
-        max_unfinished_operations=row.max_unfinished_operations or 0,
+        tenant=row["tenant"],
+        training=_to_allowance(row["training_tokens_per_minute"], row["training_paid_us"], now_us),
+        sampling=_to_allowance(row["sampling_tokens_per_minute"], row["sampling_paid_us"], now_us),
+        max_unfinished_operations=row["max_unfinished_operations"] or 0,
     )
 
 

@@ -4,7 +4,7 @@ Each call that names a run is for that run's tenant or for a service that acts f
 """
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Final
 
@@ -22,13 +22,15 @@ from treadle_store.access import may_see, visible_adapter, visible_run
 from treadle_store.blob_io import require_blob
 from treadle_store.blobs import BlobStore
 from treadle_store.clock import Clock
-from treadle_store.database import Database
+from treadle_store.database import Batched, Database
+from treadle_store.journal_entries import RunEntry, write_entries
 from treadle_store.pages import PageRequest
 from treadle_store.revision_feed import RevisionFeed
 from treadle_store.unnamed import UnnamedRevisions
 
 DEFAULT_TTL_US: Final = 10_000_000
 MAX_TTL_US: Final = 3_600_000_000
+_EntryBody = Batched[RunEntry, usage_pb2.Budget | None]
 # Pages of a recovery hold at most this many payloads of 1 MiB in memory.
 RECOVERY_PAGE: Final = 8
 
@@ -107,8 +109,10 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
     ) -> journal_pb2.WriteJournalResponse:
         """Writes operations and results in one transaction; each entry is answered alone."""
         prepared, began = [await self._prepare(entry) for entry in request.entries], time.time()
+        bodies = [body for body in prepared if not isinstance(body, TreadleError)]
         with failpoints.around("store.write_journal"):
-            outcomes = await self._database.write_all(prepared)
+            written = iter(await self._database.write_all(bodies) if bodies else ())
+        outcomes = [body if isinstance(body, TreadleError) else next(written) for body in prepared]
         if TRACING.on:
             _trace(request, began)
         errors = [
@@ -199,8 +203,8 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
             self._unnamed.note_use(adapter.name)
         return journal_pb2.LookupAdapterResponse(adapter=adapter)
 
-    async def _prepare(self, entry: journal_pb2.JournalEntry) -> Callable[[Connection], usage_pb2.Budget | None]:
-        """Returns the body of an entry, or one that fails with what is wrong with it beforehand."""
+    async def _prepare(self, entry: journal_pb2.JournalEntry) -> _EntryBody | TreadleError:
+        """Returns the body of an entry, or what is wrong with it beforehand."""
         try:
             name = visible_run(entry.run)
             for append in entry.appends:
@@ -210,12 +214,8 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
             # The blob may well be there: the whole write is tried again, no run is told that its entry is wrong.
             raise
         except TreadleError as error:
-            return partial(_fail, error)
-        return partial(journal.write_entry, entry=entry, name=name, now_us=self._clock())
-
-
-def _fail(error: TreadleError, _connection: Connection) -> usage_pb2.Budget | None:
-    raise error
+            return error
+        return Batched(write_entries, RunEntry(name, entry, self._clock()))
 
 
 def _require_tenant(tenant: str) -> None:

@@ -4,6 +4,8 @@ Training is recorded with the result of an operation, in the same transaction, s
 is reported by samplers; a repeated report is known by its number. Bodies for Database.read and Database.write.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,22 +38,37 @@ class Span:
     last: int
 
 
-def record_training(
-    connection: Connection, name: RunName, num_operations: int, num_tokens: int, device_us: int, now_us: int
-) -> usage_pb2.Budget | None:
-    """Adds what operations of a run used and charges its tenant; returns the tenant's budget if it has a quota."""
-    row = {
-        "tenant": name.tenant,
-        "run": name.run,
-        "day": now_us // DAY_US,
-        "num_operations": num_operations,
-        "training_tokens": num_tokens,
-        "prompt_tokens": 0,
-        "sampled_tokens": 0,
-        "device_us": device_us,
-    }
-    insert_or_update(connection, usage, [row], add=_SUMS)
-    return quotas.charge(connection, name.tenant, "training", num_tokens, now_us)
+@dataclass(frozen=True, slots=True)
+class TrainingUse:
+    """What operations of a run used."""
+
+    name: RunName
+    num_operations: int
+    num_tokens: int
+    device_us: int
+    now_us: int
+
+
+def record_training(connection: Connection, uses: Sequence[TrainingUse], now_us: int) -> dict[str, usage_pb2.Budget]:
+    """Adds what operations used and charges their tenants; returns the budgets of those tenants that have a quota."""
+    rows = [
+        {
+            "tenant": use.name.tenant,
+            "run": use.name.run,
+            "day": use.now_us // DAY_US,
+            "num_operations": use.num_operations,
+            "training_tokens": use.num_tokens,
+            "prompt_tokens": 0,
+            "sampled_tokens": 0,
+            "device_us": use.device_us,
+        }
+        for use in uses
+    ]
+    insert_or_update(connection, usage, rows, add=_SUMS)
+    tokens: Counter[str] = Counter()
+    for use in uses:
+        tokens[use.name.tenant] += use.num_tokens
+    return quotas.charge(connection, "training", tokens, now_us)
 
 
 def record_report(connection: Connection, report: usage_pb2.ReportUsageRequest, now_us: int) -> list[usage_pb2.Budget]:
@@ -69,9 +86,10 @@ def record_report(connection: Connection, report: usage_pb2.ReportUsageRequest, 
     reported = {"reporter": report.reporter, "seq": report.seq, "reported_us": now_us}
     insert_or_update(connection, usage_reporters, [reported], replace=("seq", "reported_us"))
     insert_or_update(connection, usage, [_to_row(use, now_us) for use in report.uses], add=_SUMS)
-    for tenant in tenants:
-        tokens = sum(use.prompt_tokens + use.sampled_tokens for use in report.uses if use.tenant == tenant)
-        quotas.charge(connection, tenant, "sampling", tokens, now_us)
+    tokens: Counter[str] = Counter()
+    for use in report.uses:
+        tokens[use.tenant] += use.prompt_tokens + use.sampled_tokens
+    quotas.charge(connection, "sampling", tokens, now_us)
     return quotas.budgets_of(connection, tenants, now_us)
 
 

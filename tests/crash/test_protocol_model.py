@@ -20,6 +20,8 @@ from treadle.ledger import OperationLedger, PreparedOperation
 from treadle.names import RunName, parse_run
 from treadle.v1 import training_pb2
 from treadle_store import catalog, journal
+from treadle_store.database import Batched
+from treadle_store.journal_entries import RunEntry, write_entries
 from treadle_store.tables import metadata
 from treadle_trainer.results import ResultLog, StoredResult
 from treadle_trainer.runs import OPTIM_STEP, WINDOW_BYTES, WINDOW_OPS, Offer, RunOrder, Verdict
@@ -104,7 +106,7 @@ class Trainer:
         entry.acked_seq = self.results.acked_seq
         savepoint = self.store.connection.begin_nested()
         try:
-            journal.write_entry(self.store.connection, entry, self.store.run, self.store.now_us)
+            Batched(write_entries, RunEntry(self.store.run, entry, self.store.now_us))(self.store.connection)
         except TreadleError as error:
             savepoint.rollback()
             expect(error, "STALE_LEASE")

@@ -10,6 +10,8 @@ from treadle.internal.v1 import journal_pb2
 from treadle.names import RunName, parse_run
 from treadle.v1 import training_pb2
 from treadle_store import catalog, journal
+from treadle_store.database import Batched
+from treadle_store.journal_entries import RunEntry, write_entries
 from treadle_store.tables import metadata
 
 SEQS = st.integers(0, 12)
@@ -87,7 +89,7 @@ class JournalMachine(RuleBasedStateMachine):
             acked_seq=acked,
         )
         expected, digests, results = self.expect(back, appends, commits)
-        assert self.attempt(lambda: journal.write_entry(self.connection, entry, self.run, 0)) == expected
+        assert self.attempt(lambda: Batched(write_entries, RunEntry(self.run, entry, 0))(self.connection)) == expected
         if expected == "":
             self.digests, self.results = digests, results
             self.acked = max(self.acked, min(acked, self.done))

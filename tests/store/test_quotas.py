@@ -226,7 +226,7 @@ def test_a_bucket_gives_its_rate_and_one_minute_ahead(rate, charges):
         for pause_us, num_tokens in charges:
             now_us += pause_us
             level = min(level + pause_us * rate / 60e6, float(rate)) - num_tokens
-            budget = quotas.charge(connection, "acme", "training", num_tokens, now_us)
+            budget = quotas.charge(connection, "training", {"acme": num_tokens}, now_us)["acme"]
             assert budget is not None
             # Each charge is rounded down to a microsecond.
             debt_us = budget.training.debt.ToMicroseconds()

@@ -15,7 +15,8 @@ from treadle.names import RunName, parse_run
 from treadle.v1 import admin_pb2, training_pb2
 from treadle_store import catalog, identity, journal
 from treadle_store.clock import system_clock
-from treadle_store.database import Database
+from treadle_store.database import Batched, Database
+from treadle_store.journal_entries import RunEntry, write_entries
 from treadle_store.settings import StoreSettings
 
 TTL_US = 10_000_000
@@ -63,7 +64,7 @@ async def test_a_write_that_waits_for_a_claim_is_stale(replicas) -> None:
     granted = asyncio.create_task(one.write(claiming))
     await asyncio.to_thread(claiming.reached.wait, 20)
     late = journal_pb2.JournalEntry.FromString(entry(str(run), epoch, [1], [1]).SerializeToString())
-    writing = asyncio.create_task(other.write(lambda connection: journal.write_entry(connection, late, run, 0)))
+    writing = asyncio.create_task(other.write(Batched(write_entries, RunEntry(run, late, 0))))
     await asyncio.sleep(0.3)
     assert not writing.done()
     claiming.go_on.set()
@@ -80,7 +81,7 @@ async def test_a_claim_waits_for_a_write_and_sees_it(replicas) -> None:
     one, other = replicas
     run = await new_run(one)
     epoch = (await one.write(claim(run, "old", 0))).lease.epoch
-    write = Paused(lambda connection: journal.write_entry(connection, entry(str(run), epoch, [1], [1]), run, 0))
+    write = Paused(Batched(write_entries, RunEntry(run, entry(str(run), epoch, [1], [1]), 0)))
     writing = asyncio.create_task(one.write(write))
     await asyncio.to_thread(write.reached.wait, 20)
     claiming = asyncio.create_task(other.write(claim(run, "new", 2 * TTL_US)))
