@@ -27,7 +27,9 @@ NAMES = (
     "rl",
     "sampling",
     "service",
+    "soak",
     "store",
+    "storm",
     "training",
     "weights",
 )

@@ -54,8 +54,8 @@ class RunEntry:
 class _Plan:
     """What an entry that is in order will write."""
 
-    here: _Values
-    position: _Values
+    here: dict[str, str]
+    position: metrics.Columns
     moved: bool
     ops: list[_Values] = field(default_factory=list)
     results: list[_Values] = field(default_factory=list)
@@ -101,7 +101,7 @@ def _write(connection: Connection, entries: Sequence[RunEntry]) -> list[Outcome]
     sound = [plan for plan in plans if isinstance(plan, _Plan)]
     _execute(connection, _INSERT_OPS, [values for plan in sound for values in plan.ops])
     _execute(connection, _INSERT_RESULTS, [values for plan in sound for values in plan.results])
-    _execute(connection, _MOVE_RUN, [plan.position | plan.here for plan in sound if plan.moved])
+    _execute(connection, _MOVE_RUN, [{**plan.position, **plan.here} for plan in sound if plan.moved])
     pairs = list(zip(entries, plans, strict=True))
     delivered = {
         entry.name: plan.position["acked_seq"] for entry, plan in pairs if isinstance(plan, _Plan) and plan.delivered
@@ -154,8 +154,7 @@ def _plan(connection: Connection, entry: RunEntry, row: RunRow, ahead: Collectio
     plan = _Plan(
         here={"of_tenant": name.tenant, "of_run": name.run},
         position={"last_seq": last_seq, "last_done_seq": last_done_seq, "acked_seq": acked_seq, **moved},
-        moved=bool(points)
-        or (last_seq, last_done_seq, acked_seq) != (row.last_seq, row.last_done_seq, row.acked_seq),
+        moved=bool(points) or (last_seq, last_done_seq, acked_seq) != (row.last_seq, row.last_done_seq, row.acked_seq),
         ops=new_ops,
         results=[
             {

@@ -17,6 +17,8 @@ PRELOADED = [
     "treadle_gateway.__main__",
     "treadle_sampler.__main__",
     "treadle_trainer.__main__",
+    # A trainer imports it in the background of its first seconds.
+    "peft",
 ]
 
 
