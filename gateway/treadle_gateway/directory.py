@@ -82,12 +82,12 @@ class Directory:
         async with self._refreshing:
             if self._refreshed_at >= asked_at:
                 return
-            began_at = self._clock()
+            # One that fails was a look too: in front of a store that is silent, each caller in line would wait anew.
+            self._refreshed_at = self._clock()
             answer = await self._workers.ScanWorkers(
                 workers_pb2.ScanWorkersRequest(), metadata=self.internal_metadata(None), timeout=STORE_SECONDS
             )
             self._table = self._table.refreshed(filter(None, map(_view, answer.workers)))
-            self._refreshed_at = began_at
 
     async def keep_fresh(self, on_refresh: Callable[[], Awaitable[None]]) -> None:
         """Refreshes for ever; an absent store is logged once and asked again."""

@@ -31,6 +31,7 @@ class WirePeer(training_pb2_grpc.TrainingServiceServicer):
         self.metadata: dict[str, str] = {}
         self.frames: list[training_pb2.StreamOperationsRequest] = []
         self.refuse_seq = 0
+        self.seconds_left: float | None = None
         self.server = grpc.aio.server()
         training_pb2_grpc.add_TrainingServiceServicer_to_server(self, self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
@@ -53,6 +54,7 @@ class WirePeer(training_pb2_grpc.TrainingServiceServicer):
     async def SubmitOperation(self, request, context):
         """Accepts."""
         self.metadata = dict(context.invocation_metadata())
+        self.seconds_left = context.time_remaining()
         if request.operation.seq == self.refuse_seq:
             await self._refuse(context)
         return training_pb2.SubmitOperationResponse(seq=request.operation.seq)

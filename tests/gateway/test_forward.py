@@ -9,6 +9,7 @@ import pytest
 from tests.gateway.conftest import BASE, TOKEN, Front, read_all
 from treadle.errors import from_rpc_error
 from treadle.v1 import adapters_pb2, adapters_pb2_grpc, training_pb2, training_pb2_grpc
+from treadle_gateway.forward import LONGEST_CALL_SECONDS
 from treadle_service.channels import internal_metadata
 from treadle_service.principal import Principal
 
@@ -96,6 +97,20 @@ async def test_a_rich_refusal_passes_unchanged(front: Front, streaming: bool) ->
             errors.append(caught.value)
     assert bare_status(errors[0]) == bare_status(errors[1])
     assert from_rpc_error(errors[0]).retry_after_seconds == 1.5
+
+
+async def test_a_callers_deadline_goes_with_the_call(front: Front) -> None:
+    """Python gRPC does not pass it on by itself; a call without one gets the longest that there is."""
+    peer, key = await front.add_peer(), await front.tenant("acme", "train")
+    stub = training_pb2_grpc.TrainingServiceStub(front.channel)
+    request = training_pb2.SubmitOperationRequest(
+        run=await front.new_run(key), operation=training_pb2.Operation(seq=1, barrier=training_pb2.Barrier())
+    )
+    await stub.SubmitOperation(request, metadata=key, timeout=100)
+    assert peer.seconds_left is not None
+    assert 0 < peer.seconds_left < 100
+    await stub.SubmitOperation(request, metadata=key)
+    assert 100 < peer.seconds_left <= LONGEST_CALL_SECONDS
 
 
 async def test_a_refusal_of_the_store_passes_unchanged(front: Front) -> None:

@@ -108,6 +108,25 @@ async def test_a_lease_is_kept_by_renewal_and_given_back(store, clock):
     assert await store.claim(runs[0], "trainer-1") == epochs[runs[0]] + 1
 
 
+async def test_a_clock_that_jumps_lets_one_worker_write_at_a_time(store, clock):
+    """Forward it ends leases early, back it holds them longer; the epoch decides who writes, not the time."""
+    run = await store.new_run()
+    first = await store.claim(run, "trainer-0")
+    clock.advance(3600)
+    assert await store.write(entry(run, first, [1], [1])) == [""]
+    second = await store.claim(run, "trainer-1")
+    assert second == first + 1
+    assert await store.write(entry(run, first, [2])) == ["STALE_LEASE"]
+    clock.advance(-2 * 3600)
+    assert await store.write(entry(run, second, [2], [2])) == [""]
+    claim = journal_pb2.ClaimRunRequest(run=run, holder="trainer-0")
+    assert await reason_of(store.journal.ClaimRun(claim)) == "LEASE_HELD"
+    # A sign of life counts from the clock as it is: the lease is as long as any again.
+    await store.journal.RenewLeases(journal_pb2.RenewLeasesRequest(holder="trainer-1", ttl=Duration(seconds=10)))
+    clock.advance(11)
+    assert await store.claim(run, "trainer-0") == second + 1
+
+
 async def test_a_restarted_worker_claims_its_runs_at_once(store):
     """The same holder gets a new epoch without waiting."""
     run = await store.new_run()

@@ -1,4 +1,4 @@
-"""A TCP proxy that makes trouble on demand: cuts connections, refuses new ones, holds bytes back, answers nonsense.
+"""A TCP proxy that makes trouble on demand: cuts connections, refuses or swallows them, delays bytes, answers nonsense.
 
 Runs in a thread of its own. Knows nothing of what the bytes mean.
 """
@@ -20,6 +20,8 @@ class TroubleProxy:
         self._port = int(port)
         self.delay_seconds = delay_seconds
         self.refusing = False
+        self.silent = False
+        """Whether bytes are kept until it is over, connections new and old staying open: a hole in the network."""
         self.answer = b""
         """What every new connection is answered instead of being forwarded, if it is not empty."""
         self.num_cuts = 0
@@ -107,6 +109,8 @@ class TroubleProxy:
                 while held:
                     due, data = held.popleft()
                     await asyncio.sleep(max(due - loop.time(), 0))
+                    while self.silent:
+                        await asyncio.sleep(0.02)
                     writer.write(data)
                     await writer.drain()
                     self.num_bytes += len(data)

@@ -117,6 +117,23 @@ async def test_a_sequence_that_is_too_long_is_told_both_numbers(bench: Bench) ->
         assert str(stream.welcome.max_context) in message
 
 
+async def test_a_datum_of_a_million_tokens_is_refused_and_costs_nobody_anything(bench: Bench) -> None:
+    """It comes in fragments, is journaled by its blob, and fails alone: the run's next step and a neighbour go on."""
+    run, neighbour = await bench.new_run(), await bench.new_run("other")
+    data = long_row(1, 10**6).SerializeToString()
+    async with bench.stream(run) as stream, bench.stream(neighbour, "other") as beside:
+        await beside.send(*steps(3))
+        for start in range(0, len(data), MIB):
+            part = training_pb2.OperationFragment(total_bytes=len(data), offset=start, data=data[start : start + MIB])
+            await stream.write(fragment=part)
+        error = (await stream.results(1))[0].error
+        assert "999999" in error.message
+        assert str(stream.welcome.max_context) in error.message
+        await stream.send(training_pb2.Operation(seq=2, barrier=training_pb2.Barrier()), *steps(1, first_seq=3))
+        assert [result.HasField("error") for result in await stream.results(3)] == [False] * 3
+        assert [result.HasField("error") for result in await beside.results(6)] == [False] * 6
+
+
 async def test_a_step_behind_a_bad_batch_names_it(bench: Bench) -> None:
     """DEPENDENCY_FAILED carries the failed seq; the next step works."""
     run = await bench.new_run()

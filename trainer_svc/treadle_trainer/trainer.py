@@ -7,6 +7,7 @@ when the trainer drains. Knows the parts by name and leaves the work to them.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -53,6 +54,7 @@ class Trainer:
         self.settings, self.info, self.trace = settings, device.info, PassTrace()
         self.address, self.budget = address, device.budget
         self.draining = False
+        self._leave_by = math.inf
         self._executor, self._store = executor, store
         self._residents: dict[str, Resident] = {}
         self._loading: dict[str, asyncio.Task[Resident]] = {}
@@ -164,9 +166,11 @@ class Trainer:
     async def drain(self) -> None:
         """Hands all runs over: finishes what runs, snapshots, releases, and tells the store that this worker goes.
 
-        A few at a time: a run stands still for its own hand-over, and works on during those of the others.
+        A few at a time: a run stands still for its own hand-over, and works on during those of the others. After
+        HAND_OVER_SECONDS those that are left give up what is not written yet, all at once.
         """
         self.draining = True
+        self._leave_by = time.monotonic() + HAND_OVER_SECONDS
         error = make_error("DRAINING", "the trainer is about to stop; connect again and go on", 0.0)
         # Off the list first: who is told to connect again must not be sent here.
         await self.registration.end()
@@ -177,7 +181,10 @@ class Trainer:
             async with turns:
                 await self.evict(name, error)
 
-        await asyncio.gather(*(leave(name) for name in list(self._residents)))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HAND_OVER_SECONDS):
+                await asyncio.gather(*(leave(name) for name in list(self._residents)))
+        await asyncio.gather(*(self.evict(name, error) for name in list(self._residents)))
 
     @property
     def queue_depth(self) -> int:
@@ -236,7 +243,7 @@ class Trainer:
         resident.draining = True
         resident.announce()
         try:
-            async with asyncio.timeout(HAND_OVER_SECONDS):
+            async with asyncio.timeout(min(HAND_OVER_SECONDS, self._leave_by - time.monotonic())):
                 await resident.wait_until(lambda: not resident.busy)
                 if resident.order.boundary_seq > resident.snapshot_seq:
                     await self.snapshots.request(resident)
