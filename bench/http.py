@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import aiohttp
 import httpx
 import numpy as np
 import psutil
@@ -158,21 +159,50 @@ async def _polls(client: httpx.AsyncClient, base: str, cluster: Cluster, count: 
     cluster.freeze("sampler")
     prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 5, 9]}]}
     body = {"base_model": base, "prompt": prompt, "sampling_params": {"max_tokens": 4}}
-    submitted = await asyncio.gather(*(client.post("/asample", json=body) for _ in range(count)))
-    polls = [asyncio.create_task(_result(client, answer)) for answer in submitted]
+    # One connection per poll; httpx looks through all of its connections at each request.
+    connections = aiohttp.TCPConnector(limit=0)
+    where, headers = str(client.base_url), {"x-api-key": client.headers["x-api-key"]}
+    async with aiohttp.ClientSession(where, connector=connections, headers=headers) as session:
+        submitted = await asyncio.gather(*(_post(session, "asample", body) for _ in range(count)))
+        polls = [asyncio.create_task(_polled(session, str(answer["request_id"]))) for answer in submitted]
+        rows = await _held(cluster, polls, before)
+        cluster.thaw("sampler")
+        await asyncio.gather(*polls)
+    return [
+        *rows,
+        {"figure": "polls answered once the sampler went on", "value": str(len(polls)), "target": str(count)},
+    ]
+
+
+async def _post(session: aiohttp.ClientSession, path: str, body: object) -> dict[str, object]:
+    async with session.post(path, json=body) as answer:
+        answer.raise_for_status()
+        return dict(await answer.json())
+
+
+async def _polled(session: aiohttp.ClientSession, request_id: str) -> None:
+    while True:
+        async with session.post("retrieve_future", json={"request_id": request_id}) as answer:
+            await answer.read()
+            if answer.status == 200:
+                return
+            if answer.status not in (408, 429):
+                answer.raise_for_status()
+
+
+async def _held(cluster: Cluster, polls: list[asyncio.Task[None]], before: int) -> list[Row]:
+    """Looks at the gateway for a while in which it has nothing to do but to hold polls."""
+    gateway, count = psutil.Process(cluster.processes["gateway"].pid), len(polls)
     await asyncio.sleep(5.0)
     cpu, began = sum(gateway.cpu_times()[:2]), time.perf_counter()
     await asyncio.sleep(8.0)
     held = sum(not poll.done() for poll in polls)
     spent, seconds = sum(gateway.cpu_times()[:2]) - cpu, time.perf_counter() - began
     during = gateway.memory_info().rss
-    cluster.thaw("sampler")
-    await asyncio.gather(*polls)
     return [
         {"figure": f"long polls held at once, of {count}", "value": str(held), "target": str(count)},
         {"figure": "memory of the gateway before", "value": f"{before / 2**20:.0f} MiB"},
         {"figure": "memory of the gateway while it holds them", "value": f"{during / 2**20:.0f} MiB"},
         {"figure": "memory per poll", "value": f"{(during - before) / count / 1024:.1f} KiB"},
         {"figure": "CPU of the gateway while it holds them", "value": f"{spent / seconds:.2f} of a core"},
-        {"figure": "polls answered once the sampler went on", "value": str(len(polls)), "target": str(count)},
     ]

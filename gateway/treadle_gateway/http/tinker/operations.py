@@ -51,7 +51,7 @@ class Operations:
         if sending is None:
             sending = asyncio.create_task(self._send(run, operation))
             self._sending[key] = sending
-            sending.add_done_callback(lambda _: self._sending.pop(key, None))
+            sending.add_done_callback(lambda done: self._sent(key, done))
         done, _ = await asyncio.wait({sending}, timeout=_EARLY_SECONDS)
         if not done and await self._is_early(run, operation.seq):
             self._keep(sending, operation)
@@ -84,6 +84,11 @@ class Operations:
             if answer.done:
                 return answer.result
         return None
+
+    def _sent(self, key: tuple[str, int], done: asyncio.Task[None]) -> None:
+        del self._sending[key]
+        if not done.cancelled():
+            done.exception()  # Whoever submitted it has it, if he still waits.
 
     async def _send(self, run: RunName, operation: training_pb2.Operation) -> None:
         request = training_pb2.SubmitOperationRequest(run=str(run), operation=operation)
