@@ -154,8 +154,8 @@ def memory(cluster: Cluster) -> list[Row]:
     name = f"memory of a run, pip, rank {RANK}"
     return [
         figure(f"{name}: resident on the device", f"{(working - before) / NUM_RUNS / 2**20:.2f} MiB"),
+        # What a gradient took stays with the allocator for the next one.
         figure(f"{name}: idle, in host memory", f"{(parked - before) / NUM_RUNS / 2**20:.2f} MiB"),
-        figure(f"{name}: idle, in its snapshot", "0 MiB"),
     ]
 
 

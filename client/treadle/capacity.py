@@ -76,11 +76,10 @@ def steady_state(speed: Speed, usage: Usage, num_users: float) -> Steady:
         return Steady(0.0, 0.0, 0.0, math.inf)
     most = _most_runs(speed, usage)
     alone = speed.pass_seconds(usage.tokens_per_step)
-    # What keeps a user from having work here: the answer on its way, less what it queued before.
-    ahead = (usage.window - 1) * (alone + usage.step_seconds)
-    away = max(0.0, usage.away_seconds - ahead)
+    # With w steps in flight, w of them are done in each round of a step and the way to its next.
+    busy = alone + usage.step_seconds
+    away = max(0.0, (usage.away_seconds + busy) / usage.window - busy)
     if num_users <= 1:
-        busy = alone + usage.step_seconds
         cycle = busy + away
         return Steady(num_users * busy / cycle, 1.0, num_users / cycle, cycle)
     runs = 1.0
@@ -95,10 +94,10 @@ def steady_state(speed: Speed, usage: Usage, num_users: float) -> Steady:
     beside = min(usage.step_seconds, gap)
     cycle = seconds + nobody * gap
     # Nobody goes faster in company than alone.
-    swiftest = num_users / (alone + usage.step_seconds + away)
+    swiftest = num_users / (busy + away)
     rate = min(runs / cycle, swiftest)
-    busy = min((seconds + nobody * beside) / cycle, (alone + usage.step_seconds) * swiftest)
-    return Steady(min(1.0, busy), runs, rate, num_users / rate)
+    utilisation = min((seconds + nobody * beside) / cycle, busy * swiftest)
+    return Steady(min(1.0, utilisation), runs, rate, num_users / rate)
 
 
 def _most_runs(speed: Speed, usage: Usage) -> float:

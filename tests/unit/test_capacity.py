@@ -14,10 +14,11 @@ USAGES = (
     Usage(tokens_per_step=2048, round_trip_seconds=0.1),
     Usage(tokens_per_step=512, round_trip_seconds=0.1, own_seconds=0.5),
     Usage(tokens_per_step=512, round_trip_seconds=0.1, window=4),
+    Usage(tokens_per_step=16, round_trip_seconds=0.1, window=4),
 )
 
 
-@pytest.mark.parametrize("usage", USAGES, ids=["short", "long", "own work", "ahead"])
+@pytest.mark.parametrize("usage", USAGES, ids=["short", "long", "own work", "ahead", "a little ahead"])
 @pytest.mark.parametrize("num_users", [1, 2, 4, 8, 16])
 def test_formulas_agree_with_the_scheduler(usage: Usage, num_users: int) -> None:
     """Within 0.1 of the utilisation and a tenth of the throughput, from one user to a full trainer."""
