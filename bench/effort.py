@@ -4,7 +4,8 @@ Lines are those that a user writes: of programs in bench/effort_programs for Tre
 tinker-cookbook itself gives as the ones to start from (`sl_basic.py`; for a reward of one's own `rl_loop.py`, which
 has one in it). Counted are lines with code: no blank lines, comments and docstrings. Treadle's part of the time is
 measured by running its commands against services that are started for it; TRL's program runs with `--trl FOLDER`,
-where `pip install --no-deps --target FOLDER trl` put that package; the cookbook's programs are read, not run.
+where `pip install --no-deps --target FOLDER trl` put that package; the cookbook's programs are read, not run. TRL's own
+commands (`trl sft`, `trl grpo`) were not run and are not counted.
 """
 
 import argparse

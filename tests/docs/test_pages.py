@@ -14,7 +14,6 @@ from tests.docs.pages import ROOT, matches, run_page
 from tests.support.cluster import Cluster
 
 PAGES = [
-    ROOT / "README.md",
     *(ROOT / f"docs/{name}.md" for name in ("tour", "concepts", "adapters", "dashboard")),
     *sorted((ROOT / "docs/recipes").glob("*.md")),
 ]
@@ -56,7 +55,7 @@ def test_an_example_prints_what_its_docstring_says(cluster: Cluster, example: Pa
 
 
 def test_links_lead_somewhere() -> None:
-    """Those of these pages, and of the list of all documents, to files of the repository."""
-    for page in (*PAGES, ROOT / "docs/README.md"):
+    """Those of these pages, of the README and of the list of documents, to files of the repository."""
+    for page in (*PAGES, ROOT / "README.md", ROOT / "docs/README.md"):
         for target in re.findall(r"\]\(([^)#:\s]*[./][^)#:\s]*)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page} links {target}"
