@@ -31,7 +31,6 @@ from treadle.recipes.rollouts import (
 from treadle.recipes.teachers import ask_teacher, taught_datum
 from treadle.records import TextSample
 from treadle.sampling import SamplingClient
-from treadle.tokenizers import load_tokenizer
 from treadle.types import ForwardBackwardOutput, OptimStepResponse
 
 
@@ -72,7 +71,7 @@ def distill(service: ServiceClient, config: DistillConfig, observer: Observer | 
     observer = observer or Observer()
     check_sampling(config)
     model = base_of(service, config)
-    tokenizer = load_tokenizer(model.tokenizer or model.model_name)
+    tokenizer = service.create_sampling_client(base_model=model.model_name).get_tokenizer()
     name = config.teacher or model.model_name
     teacher = service.create_sampling_client(*((name, None) if is_adapter(name) else (None, name)))
     prompts, held_out = read_prompts(tokenizer, config, model)

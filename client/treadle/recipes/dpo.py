@@ -24,7 +24,6 @@ from treadle.recipes.reports import Observer, optim_metrics
 from treadle.recipes.rows import DataError, read_rows
 from treadle.records import SupportedModel
 from treadle.sampling import SamplingClient
-from treadle.tokenizers import load_tokenizer
 from treadle.types import ForwardBackwardOutput, ModelInput
 
 Pair = tuple[Example, Example]
@@ -57,7 +56,8 @@ def dpo(service: ServiceClient, config: DpoConfig, observer: Observer | None = N
     """
     observer = observer or Observer()
     model = base_of(service, config)
-    pairs, held_out, cuts = load_pairs(config, model, load_tokenizer(model.tokenizer or model.model_name))
+    tokenizer = service.create_sampling_client(base_model=model.model_name).get_tokenizer()
+    pairs, held_out, cuts = load_pairs(config, model, tokenizer)
     observer.notice(str(cuts))
     job = Job.open(service, "dpo", config, model.model_name, make_plan(config, model, pairs, held_out), observer)
     start = service.create_sampling_client(config.start_from or None, None if config.start_from else model.model_name)

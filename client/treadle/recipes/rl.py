@@ -33,7 +33,6 @@ from treadle.recipes.rollouts import (
 from treadle.recipes.teachers import ask_teacher
 from treadle.records import TextSample
 from treadle.sampling import SamplingClient
-from treadle.tokenizers import load_tokenizer
 from treadle.types import Datum, ForwardBackwardOutput, OptimStepResponse
 
 
@@ -82,7 +81,7 @@ def rl(service: ServiceClient, config: RlConfig, observer: Observer | None = Non
         raise BadInputError("kl_coef compares log-probabilities of the samples with those at the start: temperature 1")
     reward = load_reward(config.reward)
     model = base_of(service, config)
-    tokenizer = load_tokenizer(model.tokenizer or model.model_name)
+    tokenizer = service.create_sampling_client(base_model=model.model_name).get_tokenizer()
     prompts, held_out = read_prompts(tokenizer, config, model)
     plan: Plan = {
         "digest": digest_of([*prompts, *held_out]),

@@ -16,7 +16,6 @@ from treadle.recipes.job import Job, StoppedError, base_of
 from treadle.recipes.reports import Observer, optim_metrics
 from treadle.recipes.sft_data import SftData, load_data, make_plan, step_batches
 from treadle.records import TextSample
-from treadle.tokenizers import load_tokenizer
 from treadle.training import TrainingClient
 from treadle.types import ForwardBackwardOutput, ModelInput, OptimStepResponse, SamplingParams
 
@@ -58,7 +57,8 @@ def sft(service: ServiceClient, config: SftConfig, observer: Observer | None = N
     """
     observer = observer or Observer()
     model = base_of(service, config)
-    data = load_data(config, model, load_tokenizer(model.tokenizer or model.model_name))
+    tokenizer = service.create_sampling_client(base_model=model.model_name).get_tokenizer()
+    data = load_data(config, model, tokenizer)
     observer.notice(str(data.cuts))
     job = Job.open(service, "sft", config, model.model_name, make_plan(config, model, data), observer)
     return _Sft(job, config, data).run()
