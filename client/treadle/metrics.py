@@ -90,7 +90,8 @@ class MetricLog:
         """Waits until nothing waits any more, at most so long."""
         if self._sending is not None:
             with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._sending), seconds)
+                async with asyncio.timeout(seconds):
+                    await asyncio.shield(self._sending)
 
     def _queue(self, message: metrics_pb2.LoggedStep, future: "Future[None]") -> None:
         self._waiting.append((message, future))

@@ -253,8 +253,10 @@ class OperationStream:
         self._wake.set()
         while True:
             timeout = ACK_AFTER_SECONDS if self._ledger.num_unacked else None
+            # Not wait_for: in Python 3.11 it swallows a cancellation that comes together with what it waits for.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout)
+                async with asyncio.timeout(timeout):
+                    await self._wake.wait()
             ack_is_due = not self._wake.is_set() or self._ledger.num_unacked >= ACK_EVERY_RESULTS or self._closing
             self._wake.clear()
             while not self._draining and (kept := self._ledger.take_sendable()) is not None:
@@ -274,9 +276,9 @@ class OperationStream:
         loop = asyncio.get_running_loop()
         drained_at: float | None = None
         while drained_at is None or self._ledger.num_in_flight:
-            left = None if drained_at is None else max(drained_at - loop.time(), 0.0)
             try:
-                response = await asyncio.wait_for(call.read(), left)
+                async with asyncio.timeout_at(drained_at):
+                    response = await call.read()
             except TimeoutError:
                 return
             if response is grpc.aio.EOF:

@@ -71,7 +71,8 @@ class Authenticator:
         """Asks the store about the keys of open calls, at once when one was revoked here; ends with the last call."""
         while len(self.live):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._check_now.wait(), self._check_seconds)
+                async with asyncio.timeout(self._check_seconds):
+                    await self._check_now.wait()
             self._check_now.clear()
             key_ids = self.live.key_ids()
             for start in range(0, len(key_ids), _CHECKED_AT_ONCE):

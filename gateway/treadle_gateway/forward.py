@@ -190,7 +190,8 @@ class Forwarder:
     async def end_streams(self, grace_seconds: float) -> None:
         """Waits for the streams to end by themselves, then ends the rest with DRAINING."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._no_streams.wait(), grace_seconds)
+            async with asyncio.timeout(grace_seconds):
+                await self._no_streams.wait()
         self._ending = True
         for call in list(self._streams):
             call.cancel()
