@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,7 +41,7 @@ class SlottedLinear(SegmentedLinear):
     def base_product(self, x_MI: Tensor) -> Tensor:
         """Return W x + b of the frozen linear, [M, O]."""
         if self._prepacked is None:
-            return F.linear(x_MI, self.frozen_weight(), self.bias)
+            return super().base_product(x_MI)
         y_MO: Tensor = torch.ops.mkldnn._linear_pointwise(x_MI, self._prepacked, self.bias, "none", [], "")
         return y_MO
 

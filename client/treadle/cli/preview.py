@@ -16,7 +16,7 @@ from treadle.cli.connect import Place, open_service
 from treadle.recipes.chat import ChatTokenizer
 from treadle.recipes.configs import DpoConfig, SamplingConfig, SftConfig
 from treadle.recipes.examples import Example
-from treadle.recipes.job import base_of
+from treadle.recipes.job import base_of, tokenizer_of
 from treadle.recipes.sft_data import load_data, make_plan
 
 _SHOWN = 3
@@ -26,7 +26,7 @@ def preview_sft(place: Place, config: SftConfig) -> None:
     """Prints the first samples, what was cut, and the plan."""
     with open_service(place) as service:
         model = base_of(service, config)
-        tokenizer = service.create_sampling_client(base_model=model.model_name).get_tokenizer()
+        tokenizer = tokenizer_of(service, model)
         data = load_data(config, model, tokenizer)
         plan = make_plan(config, model, data)
     lengths = [len(example.tokens) for example in data.examples]
@@ -49,7 +49,7 @@ def preview_dpo(place: Place, config: DpoConfig) -> None:
 
     with open_service(place) as service:
         model = base_of(service, config)
-        tokenizer = service.create_sampling_client(base_model=model.model_name).get_tokenizer()
+        tokenizer = tokenizer_of(service, model)
         pairs, held_out, cuts = load_pairs(config, model, tokenizer)
         plan = make_plan(config, model, pairs, held_out)
     facts = {"base": model.model_name, "pairs": len(pairs), "held_out": len(held_out), "cuts": str(cuts), **plan}
@@ -62,7 +62,7 @@ def preview_prompts(place: Place, config: SamplingConfig) -> None:
 
     with open_service(place) as service:
         model = base_of(service, config)
-        tokenizer = service.create_sampling_client(base_model=model.model_name).get_tokenizer()
+        tokenizer = tokenizer_of(service, model)
         prompts, held_out = read_prompts(tokenizer, config, model)
     facts = {
         "base": model.model_name,

@@ -16,7 +16,7 @@ from treadle.futures import Handle
 from treadle.names import is_adapter
 from treadle.recipes import batches
 from treadle.recipes.configs import DistillConfig
-from treadle.recipes.job import Job, Plan, base_of
+from treadle.recipes.job import Job, Plan, base_of, tokenizer_of
 from treadle.recipes.reports import Observer, optim_metrics
 from treadle.recipes.rollouts import (
     Group,
@@ -71,7 +71,7 @@ def distill(service: ServiceClient, config: DistillConfig, observer: Observer | 
     observer = observer or Observer()
     check_sampling(config)
     model = base_of(service, config)
-    tokenizer = service.create_sampling_client(base_model=model.model_name).get_tokenizer()
+    tokenizer = tokenizer_of(service, model)
     name = config.teacher or model.model_name
     teacher = service.create_sampling_client(*((name, None) if is_adapter(name) else (None, name)))
     prompts, held_out = read_prompts(tokenizer, config, model)

@@ -19,7 +19,7 @@ from treadle.recipes import batches
 from treadle.recipes.chat import ChatTokenizer
 from treadle.recipes.configs import DpoConfig
 from treadle.recipes.examples import Cuts, Example, encode_pair, fit_pairs
-from treadle.recipes.job import Job, Plan, base_of
+from treadle.recipes.job import Job, Plan, base_of, tokenizer_of
 from treadle.recipes.reports import Observer, optim_metrics
 from treadle.recipes.rows import DataError, read_rows
 from treadle.records import SupportedModel
@@ -56,8 +56,7 @@ def dpo(service: ServiceClient, config: DpoConfig, observer: Observer | None = N
     """
     observer = observer or Observer()
     model = base_of(service, config)
-    tokenizer = service.create_sampling_client(base_model=model.model_name).get_tokenizer()
-    pairs, held_out, cuts = load_pairs(config, model, tokenizer)
+    pairs, held_out, cuts = load_pairs(config, model, tokenizer_of(service, model))
     observer.notice(str(cuts))
     job = Job.open(service, "dpo", config, model.model_name, make_plan(config, model, pairs, held_out), observer)
     start = service.create_sampling_client(config.start_from or None, None if config.start_from else model.model_name)

@@ -220,6 +220,11 @@ def choose_base(service: ServiceClient, base: str) -> SupportedModel:
     raise BadInputError(f"choose a base; served: {found}" if not base else f"no base {base!r}; served: {found}")
 
 
+def tokenizer_of(service: ServiceClient, model: SupportedModel) -> Any:  # Any: transformers' types.
+    """Returns a base's tokenizer, from its folder if that is on this machine, else from the service."""
+    return service.create_sampling_client(base_model=model.model_name).get_tokenizer()
+
+
 def _checkpoints(service: ServiceClient, run: str, prefix: str) -> list[tuple[str, int]]:
     found = [(saved.name, parse_adapter(saved.name).adapter) for saved in service.list_checkpoints(run)]
     return [(name, int(last.removeprefix(prefix))) for name, last in found if last.startswith(prefix)]

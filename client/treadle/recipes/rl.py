@@ -16,7 +16,7 @@ from treadle.errors import BadInputError
 from treadle.futures import Handle
 from treadle.recipes import batches
 from treadle.recipes.configs import RlConfig
-from treadle.recipes.job import Job, Plan, base_of
+from treadle.recipes.job import Job, Plan, base_of, tokenizer_of
 from treadle.recipes.reports import Observer, optim_metrics
 from treadle.recipes.rewards import Reward, load_reward, score
 from treadle.recipes.rollouts import (
@@ -81,7 +81,7 @@ def rl(service: ServiceClient, config: RlConfig, observer: Observer | None = Non
         raise BadInputError("kl_coef compares log-probabilities of the samples with those at the start: temperature 1")
     reward = load_reward(config.reward)
     model = base_of(service, config)
-    tokenizer = service.create_sampling_client(base_model=model.model_name).get_tokenizer()
+    tokenizer = tokenizer_of(service, model)
     prompts, held_out = read_prompts(tokenizer, config, model)
     plan: Plan = {
         "digest": digest_of([*prompts, *held_out]),

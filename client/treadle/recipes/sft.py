@@ -12,7 +12,7 @@ from treadle.client import ServiceClient
 from treadle.futures import Handle
 from treadle.recipes.configs import SftConfig
 from treadle.recipes.examples import Example
-from treadle.recipes.job import Job, StoppedError, base_of
+from treadle.recipes.job import Job, StoppedError, base_of, tokenizer_of
 from treadle.recipes.reports import Observer, optim_metrics
 from treadle.recipes.sft_data import SftData, load_data, make_plan, step_batches
 from treadle.records import TextSample
@@ -57,8 +57,7 @@ def sft(service: ServiceClient, config: SftConfig, observer: Observer | None = N
     """
     observer = observer or Observer()
     model = base_of(service, config)
-    tokenizer = service.create_sampling_client(base_model=model.model_name).get_tokenizer()
-    data = load_data(config, model, tokenizer)
+    data = load_data(config, model, tokenizer_of(service, model))
     observer.notice(str(data.cuts))
     job = Job.open(service, "sft", config, model.model_name, make_plan(config, model, data), observer)
     return _Sft(job, config, data).run()
