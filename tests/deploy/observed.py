@@ -43,6 +43,12 @@ sampler = training.save_weights_and_get_sampling_client()
 params = treadle.SamplingParams(max_tokens=4, seed=1)
 sampler.sample(types.ModelInput.from_ints([5, 6, 7]), 1, params).result()
 print(training.run)
+try:
+    service.create_lora_training_client("no-such-base", rank=4)
+except treadle.TreadleError:
+    pass
+else:
+    raise SystemExit("a base that nobody serves was accepted")
 service.close()
 provider.shutdown()
 """

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,18 @@ def spans(timelines: list[WorkerTimeline], kind: str) -> list[Span]:
     return [span for timeline in timelines if timeline.kind == kind for span in timeline.spans]
 
 
+def spans_with(service: ServiceClient, *tenants: str) -> list[WorkerTimeline]:
+    """Returns the timeline once every worker shows all of them: a gateway asks the workers every half second."""
+    deadline = time.monotonic() + 60
+    while True:
+        timelines = service.list_spans()
+        seen = [{share.tenant for span in timeline.spans for share in span.shares} for timeline in timelines]
+        if all(set(tenants) <= lane for lane in seen):
+            return timelines
+        assert time.monotonic() < deadline, f"{tenants} are not in {seen}"
+        time.sleep(0.1)
+
+
 def test_who_shared_a_pass_is_seen_by_administrators_alone(cluster: Cluster, tmp_path: Path) -> None:
     """Everybody sees when workers were busy; a tenant its own part by name, the others as one."""
     tenants: dict[str, str] = {}
@@ -56,7 +69,7 @@ def test_who_shared_a_pass_is_seen_by_administrators_alone(cluster: Cluster, tmp
         ServiceClient(cluster.gateway_address, keys[0]) as mine,
         ServiceClient(cluster.gateway_address, cluster.admin_key) as admin,
     ):
-        all_of_it, seen = admin.list_spans(), mine.list_spans()
+        all_of_it, seen = spans_with(admin, own, other), mine.list_spans()
         last = spans(all_of_it, "trainer")[-1].started
         assert spans(admin.list_spans(after=last), "trainer") == []
     for kind in ("trainer", "sampler"):
@@ -84,7 +97,7 @@ def test_a_trace_has_each_pass_once_and_in_each_sharers_track(cluster: Cluster) 
     """Durations in microseconds, complete events, processes with the workers' names."""
     with ServiceClient(cluster.gateway_address, cluster.new_tenant()) as service:
         tenant = work(service, steps=2)
-        timelines = service.list_spans()
+        timelines = spans_with(service, tenant)
     events = chrome_trace(timelines)["traceEvents"]
     assert {event["ph"] for event in events} == {"M", "X"}
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
