@@ -62,6 +62,12 @@ OVERVIEW = (
             ("max(treadle_trainer_oldest_wait_seconds)", "oldest, s"),
         ),
     ),
+    Panel(
+        "Load of trainers",
+        (("sum by (pod) (treadle_trainer_load)", "{{pod}}"),),
+        "short",
+        "Devices that the runs of each would keep busy. Runs move until these are even.",
+    ),
     Panel("Live workers", (("sum by (kind, base) (treadle_store_workers)", "{{kind}} {{base}}"),)),
     Panel("Calls per second", ((_rate("treadle_rpc_duration_seconds_count", "method"), "{{method}}"),)),
     Panel("Errors per second", ((_rate("treadle_rpc_errors_total", "reason"), "{{reason}}"),)),
@@ -135,6 +141,12 @@ TRAINING = (
             (_rate("treadle_trainer_claims_total", "outcome"), "{{outcome}}"),
             (_rate("treadle_trainer_runs_left_total", "reason"), "left: {{reason}}"),
         ),
+    ),
+    Panel(
+        "Runs moved by load",
+        ((_rate("treadle_trainer_moves_total", "outcome"), "{{outcome}}"),),
+        "short",
+        "Offered to a trainer with less to do: moved, refused, unanswered, or failed after it was accepted.",
     ),
     Panel(
         "Replayed and diverged",

@@ -5,6 +5,7 @@ from typing import Final
 
 from treadle.errors import make_error
 from treadle.internal.v1 import identity_pb2, identity_pb2_grpc, workers_pb2, workers_pb2_grpc
+from treadle.v1 import admin_pb2
 from treadle_store import identity
 from treadle_store.clock import Clock
 from treadle_store.database import Database
@@ -31,8 +32,14 @@ class WorkerService(workers_pb2_grpc.WorkerServiceServicer):
     async def ScanWorkers(
         self, request: workers_pb2.ScanWorkersRequest, context: object
     ) -> workers_pb2.ScanWorkersResponse:
-        """Lists the live workers."""
-        return workers_pb2.ScanWorkersResponse(workers=self._workers.live())
+        """Lists the live workers, of one kind or base if asked so."""
+        wanted = [
+            entry
+            for entry in self._workers.live()
+            if request.kind in (entry.worker.kind, admin_pb2.WORKER_KIND_UNSPECIFIED)
+            and request.base in (entry.worker.base, "")
+        ]
+        return workers_pb2.ScanWorkersResponse(workers=wanted)
 
     async def Unregister(
         self, request: workers_pb2.UnregisterRequest, context: object

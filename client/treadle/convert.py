@@ -200,6 +200,7 @@ def worker_from(worker: admin_pb2.Worker) -> WorkerInfo:
         queue_depth=worker.queue_depth,
         last_seen=time_from(worker.last_seen),
         draining=worker.draining,
+        load=worker.load if worker.HasField("load") else None,
     )
 
 

@@ -257,3 +257,5 @@ class WorkerInfo:
     queue_depth: int
     last_seen: datetime
     draining: bool
+    load: float | None = None
+    """Trainers: how many devices their runs would keep busy, lately."""

@@ -54,7 +54,7 @@ class BaseFacts(Protocol):
 
 
 class Registration:
-    """One worker's place in the list; `load` gives (runs or adapters in memory, queue depth, draining)."""
+    """One worker's place in the list; `describe_load` writes into it what changes."""
 
     def __init__(
         self,
@@ -62,9 +62,10 @@ class Registration:
         worker: admin_pb2.Worker,
         facts: BaseFacts,
         period_seconds: float,
-        load: Callable[[], tuple[int, int, bool]],
+        describe_load: Callable[[admin_pb2.Worker], None],
     ) -> None:
-        self._store, self._worker, self._period, self._load = store, worker, period_seconds, load
+        self._store, self._worker, self._period = store, worker, period_seconds
+        self._describe_load = describe_load
         self._ended = False
         self._worker.base = facts.name
         self._base = admin_pb2.BaseModel(
@@ -100,7 +101,7 @@ class Registration:
             await self._store.unregister(self._worker.worker)
 
     async def _beat(self) -> bool:
-        self._worker.num_resident, self._worker.queue_depth, self._worker.draining = self._load()
+        self._describe_load(self._worker)
         self._worker.last_seen.GetCurrentTime()
         request = workers_pb2.HeartbeatRequest(worker=self._worker, base=self._base)
         request.ttl.FromNanoseconds(int(_TTL_PERIODS * self._period * 1e9))

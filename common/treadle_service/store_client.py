@@ -30,7 +30,7 @@ from treadle.internal.v1 import (
     workers_pb2,
     workers_pb2_grpc,
 )
-from treadle.v1 import adapters_pb2
+from treadle.v1 import adapters_pb2, admin_pb2
 from treadle_service import blob_delta
 from treadle_service.channels import internal_metadata, open_channel
 from treadle_service.logs import get_logger
@@ -103,6 +103,12 @@ class StoreClient:
     async def heartbeat(self, request: workers_pb2.HeartbeatRequest) -> None:
         """Says that this worker lives. Asks once."""
         await self._unary(self._workers.Heartbeat, request)
+
+    async def scan_workers(self, kind: admin_pb2.WorkerKind, base: str) -> Sequence[workers_pb2.WorkerEntry]:
+        """Returns the live workers of a kind that hold a base. Asks once."""
+        request = workers_pb2.ScanWorkersRequest(kind=kind, base=base)
+        response: workers_pb2.ScanWorkersResponse = await self._unary(self._workers.ScanWorkers, request)
+        return response.workers
 
     async def unregister(self, worker: str) -> None:
         """Says that this worker goes."""

@@ -213,4 +213,13 @@ def _view(entry: workers_pb2.WorkerEntry) -> WorkerView | None:
     kind = _KINDS.get(worker.kind)
     if kind is None:  # From a newer release.
         return None
-    return WorkerView(worker.worker, kind, worker.base, worker.address, worker.queue_depth, worker.draining)
+    return WorkerView(
+        worker.worker,
+        kind,
+        worker.base,
+        worker.address,
+        worker.queue_depth,
+        worker.draining,
+        worker.load,
+        0 < worker.max_state_bytes <= worker.state_bytes,
+    )

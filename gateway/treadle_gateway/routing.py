@@ -1,11 +1,14 @@
 """Which worker gets a call: pure functions over what is known of the workers.
 
-A run goes to the holder of its lease; without one, every gateway picks the same trainer by rendezvous hashing, so
-that two gateways do not make two trainers fight over a run. A run's revisions go to one sampler by the same hashing,
-and the store tells that sampler of new ones ahead. Knows no gRPC and no clock.
+A run goes to the holder of its lease. Without one, it goes to the first in its rendezvous order whose load is not far
+above the mean (consistent hashing with bounded loads, https://arxiv.org/abs/1608.01350): gateways with the same list
+pick the same trainer, so that they do not make two fight over a run, and a worker that comes or goes moves few. Runs
+that have a holder are moved by trainers themselves. A run's revisions go to one sampler by the same hashing, and the
+store tells that sampler of new ones ahead. Knows no gRPC and no clock.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -19,6 +22,9 @@ RETRY_SECONDS: Final = 1.0
 # How much busier than the idlest a sampler may be before affinity to its cache is given up: loading an adapter
 # again costs about as much as waiting behind this many requests.
 _SLACK: Final = 8
+# How far above the mean a trainer's load may be for it to be given a run: more spreads worse, less makes places change
+# with every ripple of the loads.
+_LOAD_SHARE, _LOAD_SLACK = 0.25, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,10 @@ class WorkerView:
     address: str
     queue_depth: int = 0
     draining: bool = False
+    load: float = 0.0
+    """How many devices a trainer's runs would keep busy."""
+    full: bool = False
+    """The states of a trainer's runs that are in use take all the memory that they may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +89,18 @@ def pick_trainer(table: WorkerTable, run: str, base: str, holder: Holder | None)
     if holder is not None:
         # A restarted worker keeps its id and its leases but may have moved.
         return next((w.address for w in table.workers if w.worker == holder.worker), holder.address)
-    ranked = rank(run, table.available("trainer", base))
-    if not ranked:
+    trainers = table.available("trainer", base)
+    if not trainers:
         raise no_worker("trainer", base)
-    return ranked[0].address
+    return place(run, trainers).address
+
+
+def place(run: str, trainers: Sequence[WorkerView]) -> WorkerView:
+    """Returns the trainer for a run that nobody holds; there must be one."""
+    roomy = [trainer for trainer in trainers if not trainer.full] or trainers
+    mean = math.fsum(trainer.load for trainer in roomy) / len(roomy)
+    limit = (1 + _LOAD_SHARE) * mean + _LOAD_SLACK
+    return next(trainer for trainer in rank(run, roomy) if trainer.load <= limit)
 
 
 def pick_sampler(table: WorkerTable, base: str, adapter: str, in_flight: Mapping[str, int]) -> str:

@@ -45,7 +45,7 @@ class Sampler:
         self._info: BaseInfo = base.info
         self.tokenizer = TokenizerSource(base.info)
         worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_SAMPLER, address=address)
-        self.registration = Registration(store, worker, base.info, settings.heartbeat_seconds, self._load_now)
+        self.registration = Registration(store, worker, base.info, settings.heartbeat_seconds, self._describe_load)
         self.metering = Metering(store, settings.worker, lambda: engine.trace.busy_seconds)
         self.cache: AdapterCache[AdapterWeights] = AdapterCache(
             StoreSource(store, base, settings.delta_bytes),
@@ -116,5 +116,6 @@ class Sampler:
         if len(self._served) > _MAX_SERVED_RUNS:
             self._served.popitem(last=False)
 
-    def _load_now(self) -> tuple[int, int, bool]:
-        return len(self.cache.names), self.engine.num_requests, self.draining
+    def _describe_load(self, worker: admin_pb2.Worker) -> None:
+        worker.num_resident, worker.queue_depth = len(self.cache.names), self.engine.num_requests
+        worker.draining = self.draining

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treadle.errors import UnavailableError
-from treadle_gateway.routing import Holder, WorkerTable, WorkerView, pick_sampler, pick_trainer, rank
+from treadle_gateway.routing import Holder, WorkerTable, WorkerView, pick_sampler, pick_trainer, place, rank
 
 RUN = "tenants/acme/runs/r-1"
 
@@ -47,6 +47,58 @@ def test_a_draining_trainer_gets_no_free_run() -> None:
     table = WorkerTable().refreshed([WorkerView("t0", "trainer", "pip", "t0:1", draining=True)])
     with pytest.raises(UnavailableError):
         pick_trainer(table, RUN, "pip", None)
+
+
+def loaded(*loads: float) -> list[WorkerView]:
+    return [WorkerView(f"t{n}", "trainer", "pip", f"t{n}:1", load=load) for n, load in enumerate(loads)]
+
+
+def test_a_free_run_goes_to_a_trainer_with_little_to_do() -> None:
+    """Hashing decides among those whose load is near the mean or below it."""
+    runs = [f"tenants/acme/runs/r-{number}" for number in range(50)]
+    assert {place(run, loaded(1.0, 0.0, 1.0)).worker for run in runs} == {"t1"}
+    assert {place(run, loaded(5.0, 5.2, 20.0)).worker for run in runs} == {"t0", "t1"}
+    assert {place(run, loaded(0.0, 0.05, 0.0)).worker for run in runs} == {"t0", "t1", "t2"}
+
+
+def test_a_trainer_whose_memory_is_in_use_gets_a_run_only_if_all_are_so() -> None:
+    """It would have to go beyond its budget."""
+    full = WorkerView("t0", "trainer", "pip", "t0:1", full=True)
+    free = WorkerView("t1", "trainer", "pip", "t1:1", load=3.0)
+    assert place(RUN, [full, free]) == free
+    assert place(RUN, [full]) == full
+
+
+_LOADS = st.lists(st.floats(0.0, 100.0), min_size=1, max_size=8)
+
+
+@given(_LOADS, st.text(max_size=8))
+def test_the_trainer_of_a_free_run_is_near_the_mean_or_below(loads: list[float], run: str) -> None:
+    """Whatever the loads are, there is one, and the order of the list does not matter."""
+    trainers = loaded(*loads)
+    chosen = place(run, trainers)
+    assert chosen.load <= 1.25 * sum(loads) / len(loads) + 0.1 + 1e-9
+    assert place(run, trainers[::-1]) == chosen
+
+
+@given(st.integers(1, 8), st.integers(1, 100))
+def test_runs_that_come_one_after_the_other_are_spread_within_the_bound(num_trainers: int, num_runs: int) -> None:
+    """Each counts before the next is placed, as one that queues ahead."""
+    loads = dict.fromkeys((f"t{number}" for number in range(num_trainers)), 0.0)
+    for number in range(num_runs):
+        loads[place(f"run-{number}", loaded(*loads.values())).worker] += 1.0
+    assert max(loads.values()) <= 1.25 * num_runs / num_trainers + 1.1
+
+
+@given(st.integers(2, 8), st.data())
+def test_a_trainer_that_comes_or_goes_moves_only_its_own_runs(count: int, data: st.DataObject) -> None:
+    """Among even loads the place of a run changes only if the trainer was its place, or becomes it."""
+    trainers = loaded(*[1.0] * count)
+    other = data.draw(st.sampled_from(trainers))
+    rest = [trainer for trainer in trainers if trainer != other]
+    runs = [f"run-{number}" for number in range(100)]
+    moved = [run for run in runs if place(run, trainers) != place(run, rest)]
+    assert moved == [run for run in runs if place(run, trainers) == other]
 
 
 def test_a_base_stays_known_when_its_last_trainer_goes() -> None:

@@ -20,6 +20,7 @@ JOURNAL_WRITE: Final = Histogram("treadle_trainer_journal_write_seconds", "Group
 JOURNAL_ENTRIES: Final = Histogram("treadle_trainer_journal_write_runs", "Runs in a group commit", buckets=COUNTS)
 JOURNAL_FAILURES: Final = Counter("treadle_trainer_journal_failures_total", "Group commits that were not answered")
 CLAIMS: Final = Counter("treadle_trainer_claims_total", "Runs taken over, new ones included", ["outcome"])
+MOVES: Final = Counter("treadle_trainer_moves_total", "Runs offered to a trainer with less load", ["outcome"])
 LEFT: Final = Counter("treadle_trainer_runs_left_total", "Runs that went elsewhere", ["reason"])
 REPLAYED: Final = Counter("treadle_trainer_replayed_operations_total", "Operations computed again after a hand-over")
 DIVERGED: Final = Counter("treadle_trainer_divergences_total", "Replays that gave other bits than the journal has")

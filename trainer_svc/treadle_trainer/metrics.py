@@ -30,6 +30,7 @@ def readings(trainer: Trainer) -> tuple[Reading, ...]:
         Reading(
             "treadle_trainer_streams", "Open operation streams", lambda: sum(r.num_streams for r in trainer.residents)
         ),
+        Reading("treadle_trainer_load", "Devices that the runs would keep busy", lambda: trainer.rebalancer.load),
         Reading("treadle_trainer_queued_operations", "Operations that wait or run", lambda: trainer.queue_depth),
         Reading(
             "treadle_trainer_oldest_wait_seconds",

@@ -48,7 +48,7 @@ class Residency:
         """
         self._executor, self._loop, self._store, self._snapshots = executor, loop, store, snapshots
         self._residents, self._on_lost = residents, on_lost
-        self._max_bytes = max_bytes or int(DEFAULT_SHARE * host_memory())
+        self.max_bytes = max_bytes or int(DEFAULT_SHARE * host_memory())
         self._coming: dict[str, int] = {}
         self._room = asyncio.Lock()
         loop.bring_in = self.bring_in
@@ -60,7 +60,7 @@ class Residency:
         """
         async with self._room:
             self._coming[run] = num_bytes
-            while (over := self._used() - self._max_bytes) > 0:
+            while (over := self._used() - self.max_bytes) > 0:
                 leaving: list[Resident] = []
                 freed = 0
                 for resident in self._idle():

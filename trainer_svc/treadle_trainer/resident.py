@@ -21,6 +21,7 @@ from treadle.v1 import training_pb2, types_pb2
 from treadle_service import failpoints
 from treadle_service.budgets import TenantBudgets
 from treadle_trainer import operations
+from treadle_trainer.demand import Demand
 from treadle_trainer.journal_writer import JournalWriter, Written
 from treadle_trainer.op_spans import OpSpans
 from treadle_trainer.operations import PassWork
@@ -145,7 +146,8 @@ class Resident:
         self.step_seconds = 0.0
         """How long its optimizer steps take; 0 before the first."""
         self.num_streams = 0
-        self.last_used = time.monotonic()
+        self.came_at = self.last_used = time.monotonic()
+        self.demand = Demand(self.came_at)
         self.lease_until = 0.0
         """Until then nobody else can have claimed the run, on the monotonic clock."""
         self._step_metrics = StepMetrics()
@@ -210,6 +212,7 @@ class Resident:
 
     def admit(self, op: RunOp) -> None:
         """Decodes what can be decoded before its turn; an operation that cannot run is doomed to say so."""
+        self.demand.begin(time.monotonic())
         if op.work.recorded is None:
             self._uncharged[op.seq] = operations.count_tokens(op.work.operation)
             self._budgets.begin(self.facts.tenant, self._uncharged[op.seq])
@@ -246,6 +249,9 @@ class Resident:
         self.last_used = time.monotonic()
         failed = isinstance(outcome, TreadleError)
         finished = self.order.finish(op.seq, failed=failed)
+        self.demand.worked(op.work.device_seconds, self.last_used)
+        if not len(self.order):
+            self.demand.end(self.last_used)
         metrics = self._gather(op, outcome)
         if finished.drop_gradient:
             self._step_metrics.clear()

@@ -183,6 +183,17 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         await self._slot.trainer.evict(request.run)
         return trainer_pb2.EvictRunResponse()
 
+    async def OfferRun(self, request: trainer_pb2.OfferRunRequest, context: Context) -> trainer_pb2.OfferRunResponse:
+        """Decides about a run that another trainer would hand over."""
+        _require_internal()
+        return trainer_pb2.OfferRunResponse(accepted=self._slot.trainer.rebalancer.consider(request))
+
+    async def TakeRun(self, request: trainer_pb2.TakeRunRequest, context: Context) -> trainer_pb2.TakeRunResponse:
+        """Claims and loads a run."""
+        _require_internal()
+        await self._slot.trainer.rebalancer.take(request.run)
+        return trainer_pb2.TakeRunResponse()
+
 
 async def _await_turn(resident: Resident, seq: int) -> None:
     try:

@@ -45,6 +45,17 @@ class TrainerSettings(WorkerSettings):
     park_seconds: float = Field(
         5.0, gt=0, description="a run without work for so long gives up its gradient and leaves the device"
     )
+    rebalance_seconds: float = Field(
+        5.0, ge=0, description="time between two looks at whether other trainers have less to do; 0: runs stay"
+    )
+    rebalance_gap: float = Field(
+        0.5,
+        gt=0,
+        description="least difference between the loads of two trainers for which runs move, in devices kept busy",
+    )
+    rebalance_stay_seconds: float = Field(
+        60.0, ge=0, description="how long a run stays at least where it came before it may be moved by load"
+    )
     idle_seconds: float = Field(900.0, gt=0, description="a run without stream and work for so long is handed back")
 
     @field_validator("max_tokens_per_pass")

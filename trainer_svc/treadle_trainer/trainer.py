@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
 
 from treadle import names
 from treadle.errors import LimitError, TreadleError, make_error
-from treadle.internal.v1 import journal_pb2
+from treadle.internal.v1 import journal_pb2, workers_pb2
 from treadle.v1 import admin_pb2, types_pb2
 from treadle_service import failpoints
 from treadle_service.budgets import TenantBudgets
@@ -29,7 +29,9 @@ from treadle_trainer.device_loop import DeviceLoop
 from treadle_trainer.executor import Executor
 from treadle_trainer.journal_client import JournalClient
 from treadle_trainer.journal_writer import JournalWriter, Written
+from treadle_trainer.neighbors import Neighbors
 from treadle_trainer.operations import cost_message, lora_config, prepare
+from treadle_trainer.rebalancer import Rebalancer
 from treadle_trainer.recovery import Recovery
 from treadle_trainer.residency import Residency
 from treadle_trainer.resident import Place, Resident
@@ -66,7 +68,7 @@ class Trainer:
             max_tokens_per_pass=self.budget.max_tokens,
             pass_cost=cost_message(self.budget.cost),
         )
-        self.registration = Registration(store, worker, self.info, settings.lease_seconds / 3, self._load_now)
+        self.registration = Registration(store, worker, self.info, settings.lease_seconds / 3, self._describe_load)
         self._loop = DeviceLoop(executor, self.trace, self.budget, self._stepped)
         self._budgets = TenantBudgets("training")
         self._writer = JournalWriter(store, self._written, self._refused, self._budgets.learn)
@@ -81,6 +83,8 @@ class Trainer:
             settings.max_resident_bytes,
         )
         self._state_bytes = device.num_bytes
+        token = settings.internal_token.get_secret_value()
+        self.rebalancer = Rebalancer(self, Neighbors(token, settings.client_tls))
         adapters = Adapters(executor, self._loop, store, self.snapshots)
         self._recovery = Recovery(
             executor,
@@ -113,6 +117,7 @@ class Trainer:
             self._keep_leases,
             self._tidy,
             self.registration.run_forever,
+            self.rebalancer.run_forever,
         )
         tasks = [asyncio.create_task(_watched(work, on_crash)) for work in works]
         try:
@@ -121,6 +126,7 @@ class Trainer:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self.rebalancer.close()
 
     async def open(self, name: str, tenant: str) -> Resident:
         """Returns a run of `tenant`, claimed and recovered if need be; RUN_NOT_FOUND, LEASE_HELD, DRAINING."""
@@ -150,8 +156,17 @@ class Trainer:
         """Returns a result that is no longer in memory; OPERATION_NOT_FOUND, RESULT_GONE."""
         return await self._store.read_result(name, seq)
 
-    async def evict(self, name: str, error: TreadleError | None = None) -> None:
-        """Snapshots a run, gives its lease back and drops it; does nothing for one that is not here."""
+    async def scan_trainers(self) -> Sequence[workers_pb2.WorkerEntry]:
+        """Returns the live trainers of this one's base, itself too."""
+        return await self._store.scan_workers(admin_pb2.WORKER_KIND_TRAINER, self.info.name)
+
+    async def evict(
+        self, name: str, error: TreadleError | None = None, then: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Snapshots a run, gives its lease back and drops it; does nothing for one that is not here.
+
+        `then` is awaited when the lease is free and the run's owner does not know yet.
+        """
         resident = self._residents.get(name)
         if resident is None:
             return
@@ -159,7 +174,7 @@ class Trainer:
             reason = error or make_error(
                 "WORKER_LOST", f"{name} moves to another trainer; connect again and go on", 0.0
             )
-            task = self._leaving[name] = asyncio.create_task(self._hand_over(resident, reason))
+            task = self._leaving[name] = asyncio.create_task(self._hand_over(resident, reason, then))
             task.add_done_callback(lambda _: self._leaving.pop(name, None))
         await asyncio.shield(self._leaving[name])
 
@@ -196,8 +211,15 @@ class Trainer:
         """How much longer passes take than their measured cost says, lately."""
         return self._loop.pace
 
-    def _load_now(self) -> tuple[int, int, bool]:
-        return len(self._residents), self.queue_depth, self.draining
+    @property
+    def max_state_bytes(self) -> int:
+        """Memory that the states of runs may take."""
+        return self._residency.max_bytes
+
+    def _describe_load(self, worker: admin_pb2.Worker) -> None:
+        worker.num_resident, worker.queue_depth, worker.draining = len(self._residents), self.queue_depth, self.draining
+        worker.load, worker.state_bytes = self.rebalancer.load, self.rebalancer.state_bytes
+        worker.max_state_bytes = self.max_state_bytes
 
     async def _load(self, name: str) -> Resident:
         await self._make_room()
@@ -219,6 +241,7 @@ class Trainer:
             raise
         finally:
             self._residency.arrived(name)
+        self.rebalancer.arrived(resident)
         self._residents[name] = resident
         counters.CLAIMS.labels("recovered").inc()
         self._loop.add(resident)
@@ -239,7 +262,9 @@ class Trainer:
         await self.evict(unused.name)
         return await self._store.claim(name, self.settings.worker, self.address, self.settings.lease_seconds)
 
-    async def _hand_over(self, resident: Resident, error: TreadleError) -> None:
+    async def _hand_over(
+        self, resident: Resident, error: TreadleError, then: Callable[[], Awaitable[None]] | None
+    ) -> None:
         resident.draining = True
         resident.announce()
         try:
@@ -259,6 +284,8 @@ class Trainer:
         failpoints.reach("trainer.leaving")
         with suppress(TreadleError), failpoints.around("trainer.release"):
             await self._store.release(resident.name, resident.facts.epoch)
+        if then is not None:
+            await then()
         await self._close(resident, error)
         log.info("run_left", run=resident.name, epoch=resident.facts.epoch, reason=error.reason)
 

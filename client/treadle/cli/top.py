@@ -73,6 +73,7 @@ def look(service: "ServiceClient", window: float) -> dict[str, list[Row]]:
                 "base": timeline.base,
                 "resident": known.num_resident if known else None,
                 "queue": known.queue_depth if known else None,
+                "load": round(known.load, 2) if known and known.load is not None else None,
                 "passes/s" if timeline.kind == "trainer" else "steps/s": round(
                     sum(span.num_decode_steps or 1 for span in spans) / window, 1
                 ),

@@ -36,6 +36,7 @@ def list_(place: Place) -> None:
             "address": found.address,
             "resident": found.num_resident,
             "queue": found.queue_depth,
+            "load": round(found.load, 2) if found.HasField("load") else None,
             "draining": found.draining,
             "tokens/s": _tokens_per_second(found.pass_cost),
         }

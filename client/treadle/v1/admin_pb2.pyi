@@ -47,7 +47,7 @@ class Key(_message.Message):
     def __init__(self, key_id: _Optional[str] = ..., tenant: _Optional[str] = ..., scopes: _Optional[_Iterable[str]] = ..., created: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expires: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., revoked: bool = ...) -> None: ...
 
 class Worker(_message.Message):
-    __slots__ = ("worker", "kind", "base", "address", "num_resident", "queue_depth", "last_seen", "draining", "pass_cost", "max_tokens_per_pass")
+    __slots__ = ("worker", "kind", "base", "address", "num_resident", "queue_depth", "last_seen", "draining", "pass_cost", "max_tokens_per_pass", "load", "state_bytes", "max_state_bytes")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,9 @@ class Worker(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PASS_COST_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_PER_PASS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     worker: str
     kind: WorkerKind
     base: str
@@ -68,7 +71,10 @@ class Worker(_message.Message):
     draining: bool
     pass_cost: PassCost
     max_tokens_per_pass: int
-    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[WorkerKind, str]] = ..., base: _Optional[str] = ..., address: _Optional[str] = ..., num_resident: _Optional[int] = ..., queue_depth: _Optional[int] = ..., last_seen: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., draining: bool = ..., pass_cost: _Optional[_Union[PassCost, _Mapping]] = ..., max_tokens_per_pass: _Optional[int] = ...) -> None: ...
+    load: float
+    state_bytes: int
+    max_state_bytes: int
+    def __init__(self, worker: _Optional[str] = ..., kind: _Optional[_Union[WorkerKind, str]] = ..., base: _Optional[str] = ..., address: _Optional[str] = ..., num_resident: _Optional[int] = ..., queue_depth: _Optional[int] = ..., last_seen: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., draining: bool = ..., pass_cost: _Optional[_Union[PassCost, _Mapping]] = ..., max_tokens_per_pass: _Optional[int] = ..., load: _Optional[float] = ..., state_bytes: _Optional[int] = ..., max_state_bytes: _Optional[int] = ...) -> None: ...
 
 class PassCost(_message.Message):
     __slots__ = ("fixed_seconds", "seconds_per_token", "seconds_per_square", "bytes_per_token")

@@ -86,3 +86,33 @@ class EvictRunRequest(_message.Message):
 class EvictRunResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class OfferRunRequest(_message.Message):
+    __slots__ = ("run", "base", "demand", "load", "state_bytes")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    DEMAND_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    base: str
+    demand: float
+    load: float
+    state_bytes: int
+    def __init__(self, run: _Optional[str] = ..., base: _Optional[str] = ..., demand: _Optional[float] = ..., load: _Optional[float] = ..., state_bytes: _Optional[int] = ...) -> None: ...
+
+class OfferRunResponse(_message.Message):
+    __slots__ = ("accepted",)
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    def __init__(self, accepted: bool = ...) -> None: ...
+
+class TakeRunRequest(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    def __init__(self, run: _Optional[str] = ...) -> None: ...
+
+class TakeRunResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

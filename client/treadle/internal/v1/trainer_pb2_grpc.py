@@ -50,6 +50,16 @@ class TrainerServiceStub(object):
                 request_serializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.EvictRunRequest.SerializeToString,
                 response_deserializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.EvictRunResponse.FromString,
                 _registered_method=True)
+        self.OfferRun = channel.unary_unary(
+                '/treadle.internal.v1.TrainerService/OfferRun',
+                request_serializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.OfferRunRequest.SerializeToString,
+                response_deserializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.OfferRunResponse.FromString,
+                _registered_method=True)
+        self.TakeRun = channel.unary_unary(
+                '/treadle.internal.v1.TrainerService/TakeRun',
+                request_serializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunRequest.SerializeToString,
+                response_deserializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerServiceServicer(object):
@@ -77,6 +87,21 @@ class TrainerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OfferRun(self, request, context):
+        """Asks a trainer with less load whether it wants a run of the caller's. One that says so counts the run's demand in at
+        once, so that nobody else is told the same of the same room, and expects it for a minute.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeRun(self, request, context):
+        """Claims and loads a run whose lease its last trainer has just given back. Errors: as for the first operation of a run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +119,16 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.EvictRun,
                     request_deserializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.EvictRunRequest.FromString,
                     response_serializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.EvictRunResponse.SerializeToString,
+            ),
+            'OfferRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferRun,
+                    request_deserializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.OfferRunRequest.FromString,
+                    response_serializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.OfferRunResponse.SerializeToString,
+            ),
+            'TakeRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeRun,
+                    request_deserializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunRequest.FromString,
+                    response_serializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +213,60 @@ class TrainerService(object):
             '/treadle.internal.v1.TrainerService/EvictRun',
             treadle_dot_internal_dot_v1_dot_trainer__pb2.EvictRunRequest.SerializeToString,
             treadle_dot_internal_dot_v1_dot_trainer__pb2.EvictRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OfferRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.internal.v1.TrainerService/OfferRun',
+            treadle_dot_internal_dot_v1_dot_trainer__pb2.OfferRunRequest.SerializeToString,
+            treadle_dot_internal_dot_v1_dot_trainer__pb2.OfferRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.internal.v1.TrainerService/TakeRun',
+            treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunRequest.SerializeToString,
+            treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

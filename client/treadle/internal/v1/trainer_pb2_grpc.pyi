@@ -39,6 +39,12 @@ class TrainerServiceStub:
     """The last passes: who shared them, how many tokens, how long."""
     EvictRun: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.EvictRunRequest, _trainer_pb2.EvictRunResponse]
     """Snapshots a run, gives its lease back and drops it from memory."""
+    OfferRun: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.OfferRunRequest, _trainer_pb2.OfferRunResponse]
+    """Asks a trainer with less load whether it wants a run of the caller's. One that says so counts the run's demand in at
+    once, so that nobody else is told the same of the same room, and expects it for a minute.
+    """
+    TakeRun: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.TakeRunRequest, _trainer_pb2.TakeRunResponse]
+    """Claims and loads a run whose lease its last trainer has just given back. Errors: as for the first operation of a run."""
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
@@ -51,6 +57,12 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """The last passes: who shared them, how many tokens, how long."""
     EvictRun: _aio.UnaryUnaryMultiCallable[_trainer_pb2.EvictRunRequest, _trainer_pb2.EvictRunResponse]  # type: ignore[assignment]
     """Snapshots a run, gives its lease back and drops it from memory."""
+    OfferRun: _aio.UnaryUnaryMultiCallable[_trainer_pb2.OfferRunRequest, _trainer_pb2.OfferRunResponse]  # type: ignore[assignment]
+    """Asks a trainer with less load whether it wants a run of the caller's. One that says so counts the run's demand in at
+    once, so that nobody else is told the same of the same room, and expects it for a minute.
+    """
+    TakeRun: _aio.UnaryUnaryMultiCallable[_trainer_pb2.TakeRunRequest, _trainer_pb2.TakeRunResponse]  # type: ignore[assignment]
+    """Claims and loads a run whose lease its last trainer has just given back. Errors: as for the first operation of a run."""
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks into a trainer and moves runs away from it."""
@@ -78,5 +90,23 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.EvictRunResponse, _abc.Awaitable[_trainer_pb2.EvictRunResponse]]:
         """Snapshots a run, gives its lease back and drops it from memory."""
+
+    @_abc_1.abstractmethod
+    def OfferRun(
+        self,
+        request: _trainer_pb2.OfferRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.OfferRunResponse, _abc.Awaitable[_trainer_pb2.OfferRunResponse]]:
+        """Asks a trainer with less load whether it wants a run of the caller's. One that says so counts the run's demand in at
+        once, so that nobody else is told the same of the same room, and expects it for a minute.
+        """
+
+    @_abc_1.abstractmethod
+    def TakeRun(
+        self,
+        request: _trainer_pb2.TakeRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.TakeRunResponse, _abc.Awaitable[_trainer_pb2.TakeRunResponse]]:
+        """Claims and loads a run whose lease its last trainer has just given back. Errors: as for the first operation of a run."""
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from treadle.v1 import admin_pb2 as treadle_dot_v1_dot_admin__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/workers.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16treadle/v1/admin.proto\"\x83\x01\n\x10HeartbeatRequest\x12\"\n\x06worker\x18\x01 \x01(\x0b\x32\x12.treadle.v1.Worker\x12#\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x15.treadle.v1.BaseModel\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11HeartbeatResponse\"\x14\n\x12ScanWorkersRequest\"V\n\x0bWorkerEntry\x12\"\n\x06worker\x18\x01 \x01(\x0b\x32\x12.treadle.v1.Worker\x12#\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x15.treadle.v1.BaseModel\"H\n\x13ScanWorkersResponse\x12\x31\n\x07workers\x18\x01 \x03(\x0b\x32 .treadle.internal.v1.WorkerEntry\"#\n\x11UnregisterRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\"\x14\n\x12UnregisterResponse2\xac\x02\n\rWorkerService\x12Z\n\tHeartbeat\x12%.treadle.internal.v1.HeartbeatRequest\x1a&.treadle.internal.v1.HeartbeatResponse\x12`\n\x0bScanWorkers\x12\'.treadle.internal.v1.ScanWorkersRequest\x1a(.treadle.internal.v1.ScanWorkersResponse\x12]\n\nUnregister\x12&.treadle.internal.v1.UnregisterRequest\x1a\'.treadle.internal.v1.UnregisterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/workers.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16treadle/v1/admin.proto\"\x83\x01\n\x10HeartbeatRequest\x12\"\n\x06worker\x18\x01 \x01(\x0b\x32\x12.treadle.v1.Worker\x12#\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x15.treadle.v1.BaseModel\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x13\n\x11HeartbeatResponse\"H\n\x12ScanWorkersRequest\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.treadle.v1.WorkerKind\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\"V\n\x0bWorkerEntry\x12\"\n\x06worker\x18\x01 \x01(\x0b\x32\x12.treadle.v1.Worker\x12#\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x15.treadle.v1.BaseModel\"H\n\x13ScanWorkersResponse\x12\x31\n\x07workers\x18\x01 \x03(\x0b\x32 .treadle.internal.v1.WorkerEntry\"#\n\x11UnregisterRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\"\x14\n\x12UnregisterResponse2\xac\x02\n\rWorkerService\x12Z\n\tHeartbeat\x12%.treadle.internal.v1.HeartbeatRequest\x1a&.treadle.internal.v1.HeartbeatResponse\x12`\n\x0bScanWorkers\x12\'.treadle.internal.v1.ScanWorkersRequest\x1a(.treadle.internal.v1.ScanWorkersResponse\x12]\n\nUnregister\x12&.treadle.internal.v1.UnregisterRequest\x1a\'.treadle.internal.v1.UnregisterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,15 +38,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEATRESPONSE']._serialized_start=248
   _globals['_HEARTBEATRESPONSE']._serialized_end=267
   _globals['_SCANWORKERSREQUEST']._serialized_start=269
-  _globals['_SCANWORKERSREQUEST']._serialized_end=289
-  _globals['_WORKERENTRY']._serialized_start=291
-  _globals['_WORKERENTRY']._serialized_end=377
-  _globals['_SCANWORKERSRESPONSE']._serialized_start=379
-  _globals['_SCANWORKERSRESPONSE']._serialized_end=451
-  _globals['_UNREGISTERREQUEST']._serialized_start=453
-  _globals['_UNREGISTERREQUEST']._serialized_end=488
-  _globals['_UNREGISTERRESPONSE']._serialized_start=490
-  _globals['_UNREGISTERRESPONSE']._serialized_end=510
-  _globals['_WORKERSERVICE']._serialized_start=513
-  _globals['_WORKERSERVICE']._serialized_end=813
+  _globals['_SCANWORKERSREQUEST']._serialized_end=341
+  _globals['_WORKERENTRY']._serialized_start=343
+  _globals['_WORKERENTRY']._serialized_end=429
+  _globals['_SCANWORKERSRESPONSE']._serialized_start=431
+  _globals['_SCANWORKERSRESPONSE']._serialized_end=503
+  _globals['_UNREGISTERREQUEST']._serialized_start=505
+  _globals['_UNREGISTERREQUEST']._serialized_end=540
+  _globals['_UNREGISTERRESPONSE']._serialized_start=542
+  _globals['_UNREGISTERRESPONSE']._serialized_end=562
+  _globals['_WORKERSERVICE']._serialized_start=565
+  _globals['_WORKERSERVICE']._serialized_end=865
 # @@protoc_insertion_point(module_scope)

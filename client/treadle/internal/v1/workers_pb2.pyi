@@ -25,8 +25,12 @@ class HeartbeatResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ScanWorkersRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("kind", "base")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    kind: _admin_pb2.WorkerKind
+    base: str
+    def __init__(self, kind: _Optional[_Union[_admin_pb2.WorkerKind, str]] = ..., base: _Optional[str] = ...) -> None: ...
 
 class WorkerEntry(_message.Message):
     __slots__ = ("worker", "base")
