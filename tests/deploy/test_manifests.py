@@ -205,6 +205,7 @@ def test_only_the_drawn_arrows_may_be_called(overlay: str) -> None:
         ("gateway", "sampler", 7620),
         ("gateway", "store", 7630),
         ("trainer", "store", 7630),
+        ("trainer", "trainer", 7610),
         ("sampler", "store", 7630),
         ("", "kube-system", 53),
     }
