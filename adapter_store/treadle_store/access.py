@@ -1,8 +1,14 @@
 """Which tenant a call may touch. The one place where a service of the store compares names with the caller."""
 
+from collections.abc import Callable
+from functools import partial
+
+from sqlalchemy import Connection
+
 from treadle.names import AdapterName, RunName, parse_adapter, parse_run
+from treadle.v1 import adapters_pb2
 from treadle_service.principal import INTERNAL_SCOPE, current_principal
-from treadle_store.adapters import adapter_not_found
+from treadle_store.adapters import adapter_not_found, fetch_adapter, fetch_public_adapter
 from treadle_store.catalog import run_not_found
 
 
@@ -26,3 +32,12 @@ def visible_adapter(name: str) -> AdapterName:
     if not may_see(adapter.tenant):
         raise adapter_not_found(adapter)
     return adapter
+
+
+def read_adapter(name: AdapterName, *, for_worker: bool = False) -> Callable[[Connection], adapters_pb2.Adapter]:
+    """Returns the body that reads a saved adapter if it is the caller's or public.
+
+    It raises ADAPTER_NOT_FOUND, the same for all others. `for_worker` is that of fetch_adapter.
+    """
+    fetch = fetch_adapter if may_see(name.tenant) else fetch_public_adapter
+    return partial(fetch, name=name, for_worker=for_worker)

@@ -144,15 +144,53 @@ def expire_adapter(connection: Connection, name: AdapterName, expires_us: int | 
     return fetch_adapter(connection, name)
 
 
+def find_adapter(connection: Connection, own: AdapterName) -> adapters_pb2.Adapter:
+    """Returns the tenant's own adapter of this name, else the only public one of any tenant; ADAPTER_NOT_FOUND."""
+    there = and_(
+        adapters.c.run == own.run,
+        adapters.c.kind == own.kind,
+        adapters.c.adapter == own.adapter,
+        adapters.c.deleted_us.is_(None),
+    )
+    mine = connection.execute(select(adapters.c.tenant).where(there, adapters.c.tenant == own.tenant)).scalars().all()
+    query = select(adapters.c.tenant).where(there, adapters.c.public).limit(2)
+    found = mine or connection.execute(query).scalars().all()
+    if len(found) != 1:
+        raise adapter_not_found(own)
+    return fetch_adapter(connection, AdapterName(found[0], own.run, own.kind, own.adapter))
+
+
+def fetch_public_adapter(
+    connection: Connection, name: AdapterName, *, for_worker: bool = False
+) -> adapters_pb2.Adapter:
+    """Returns a saved adapter that every tenant may read; the same ADAPTER_NOT_FOUND for all others."""
+    adapter = fetch_adapter(connection, name, for_worker=for_worker)
+    if not adapter.public:
+        raise adapter_not_found(name)
+    return adapter
+
+
+def set_public(connection: Connection, name: AdapterName, *, public: bool) -> adapters_pb2.Adapter:
+    """Sets whether every tenant may read an adapter; a public one does not pass for want of a name.
+
+    Returns it. Raises ADAPTER_NOT_FOUND.
+    """
+    live = and_(is_adapter_row(name), adapters.c.deleted_us.is_(None))
+    values = {"public": public, "unnamed": False} if public else {"public": False}
+    connection.execute(update(adapters).where(live).values(values))
+    return fetch_adapter(connection, name)
+
+
 def copy_adapter(
     connection: Connection, source: AdapterName, target: AdapterName, expires_us: int | None, now_us: int
 ) -> adapters_pb2.Adapter:
-    """Records a saved adapter once more under another run of the tenant; returns the copy.
+    """Records an adapter that the target's tenant may read once more under a run of that tenant; returns the copy.
 
     Raises ADAPTER_NOT_FOUND, RUN_NOT_FOUND, ADAPTER_EXISTS, QUOTA_EXCEEDED, and INCOMPATIBLE_ADAPTER when the run has
     another base or shape.
     """
-    adapter = fetch_adapter(connection, source)
+    fetch = fetch_adapter if source.tenant == target.tenant else fetch_public_adapter
+    adapter = fetch(connection, source)
     run = connection.execute(
         select(runs.c.base, runs.c.lora).where(runs.c.tenant == target.tenant, runs.c.run == target.run)
     ).one_or_none()
@@ -164,7 +202,7 @@ def copy_adapter(
         raise make_error("INCOMPATIBLE_ADAPTER", f"{source} has another base or shape than {target.run_name}")
     copy = adapters_pb2.Adapter()
     copy.CopyFrom(adapter)
-    copy.unnamed = False
+    copy.unnamed = copy.public = False
     copy.ClearField("expires")
     if expires_us is not None:
         copy.expires.CopyFrom(to_timestamp(expires_us))
@@ -214,7 +252,7 @@ def is_adapter_row(name: AdapterName) -> ColumnElement[bool]:
 def is_needed(name: AdapterName) -> ColumnElement[bool]:
     """Tells whether a run that started from the adapter has no snapshot yet: its state begins at the adapter."""
     has_snapshot = exists().where(snapshots.c.tenant == runs.c.tenant, snapshots.c.run == runs.c.run)
-    return exists().where(runs.c.tenant == name.tenant, runs.c.from_adapter == str(name), ~has_snapshot)
+    return exists().where(runs.c.from_adapter == str(name), ~has_snapshot)
 
 
 def _fetch_files(connection: Connection, name: AdapterName) -> list[adapters_pb2.AdapterFile]:
@@ -247,6 +285,7 @@ def _to_adapter(row: AdapterRow, files: Iterable[adapters_pb2.AdapterFile]) -> a
         unnamed=row.unnamed,
         expires=None if row.expires_us is None else to_timestamp(row.expires_us),
         metadata=json.loads(row.metadata),
+        public=row.public,
     )
 
 

@@ -2,15 +2,16 @@
 
 from collections.abc import AsyncIterator
 from functools import partial
+from typing import Final
 
 from sqlalchemy import Connection
 
 from treadle.errors import make_error
-from treadle.names import AdapterKind, AdapterName, RunName, parse_run
+from treadle.names import AdapterKind, AdapterName, RunName, parse_adapter, parse_run
 from treadle.v1 import adapters_pb2, adapters_pb2_grpc
 from treadle_service.principal import current_principal
 from treadle_store import adapters, catalog, quotas
-from treadle_store.access import visible_adapter, visible_run
+from treadle_store.access import read_adapter, visible_adapter, visible_run
 from treadle_store.blob_io import hearing_out, read_chunks
 from treadle_store.blobs import BlobStore
 from treadle_store.clock import Clock
@@ -18,6 +19,8 @@ from treadle_store.database import Database
 from treadle_store.pages import PageRequest
 from treadle_store.revision_feed import RevisionFeed
 from treadle_store.upload import Upload
+
+_ANY_TENANT: Final = "tenants/-/"
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
@@ -43,7 +46,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.GetRevisionRequest, context: object
     ) -> adapters_pb2.GetRevisionResponse:
         """Returns one revision."""
-        return adapters_pb2.GetRevisionResponse(revision=await self._fetch(_named(request.name, "revisions")))
+        return adapters_pb2.GetRevisionResponse(revision=await self._fetch(request.name, "revisions"))
 
     async def DeleteRevision(
         self, request: adapters_pb2.DeleteRevisionRequest, context: object
@@ -63,7 +66,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.GetCheckpointRequest, context: object
     ) -> adapters_pb2.GetCheckpointResponse:
         """Returns one checkpoint."""
-        return adapters_pb2.GetCheckpointResponse(checkpoint=await self._fetch(_named(request.name, "checkpoints")))
+        return adapters_pb2.GetCheckpointResponse(checkpoint=await self._fetch(request.name, "checkpoints"))
 
     async def DeleteCheckpoint(
         self, request: adapters_pb2.DeleteCheckpointRequest, context: object
@@ -80,11 +83,18 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         body = partial(adapters.expire_adapter, name=visible_adapter(request.name), expires_us=expires_us)
         return adapters_pb2.SetAdapterTtlResponse(adapter=await self._database.write(body))
 
+    async def SetAdapterPublic(
+        self, request: adapters_pb2.SetAdapterPublicRequest, context: object
+    ) -> adapters_pb2.SetAdapterPublicResponse:
+        """Lets every tenant read an adapter, or only its owner again."""
+        body = partial(adapters.set_public, name=visible_adapter(request.name), public=request.public)
+        return adapters_pb2.SetAdapterPublicResponse(adapter=await self._database.write(body))
+
     async def CopyAdapter(
         self, request: adapters_pb2.CopyAdapterRequest, context: object
     ) -> adapters_pb2.CopyAdapterResponse:
         """Saves an adapter once more under another run."""
-        source = visible_adapter(request.source)
+        source = parse_adapter(request.source)
         target = visible_run(request.run).adapter(source.kind, request.adapter_id or source.adapter)
         body = partial(
             adapters.copy_adapter,
@@ -101,7 +111,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.PullAdapterRequest, context: object
     ) -> AsyncIterator[adapters_pb2.PullAdapterResponse]:
         """Streams an adapter's files."""
-        adapter = await self._fetch(visible_adapter(request.name))
+        adapter = await self._fetch(request.name)
         yield adapters_pb2.PullAdapterResponse(adapter=adapter)
         wanted = [file for file in adapter.files if request.path in ("", file.path)]
         if not wanted:
@@ -150,8 +160,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         body = partial(adapters.scan_adapters, tenant=tenant, kind=kind, run=parse_run(run) if run else None, page=page)
         return await self._database.read(body)
 
-    async def _fetch(self, name: AdapterName) -> adapters_pb2.Adapter:
-        return await self._database.read(partial(adapters.fetch_adapter, name=name))
+    async def _fetch(self, name: str, kind: AdapterKind | None = None) -> adapters_pb2.Adapter:
+        if name.startswith(_ANY_TENANT):
+            own = parse_adapter(f"tenants/{current_principal().tenant}/{name.removeprefix(_ANY_TENANT)}")
+            return await self._database.read(partial(adapters.find_adapter, own=_of_kind(own, kind)))
+        return await self._database.read(read_adapter(_of_kind(parse_adapter(name), kind)))
 
     async def _delete(self, name: AdapterName) -> None:
         base = await self._database.write(partial(adapters.delete_adapter, name=name, now_us=self._clock()))
@@ -166,7 +179,10 @@ def _room_for_upload(connection: Connection, name: RunName) -> catalog.RunRow:
 
 
 def _named(name: str, kind: AdapterKind) -> AdapterName:
-    adapter = visible_adapter(name)
-    if adapter.kind != kind:
+    return _of_kind(visible_adapter(name), kind)
+
+
+def _of_kind(adapter: AdapterName, kind: AdapterKind | None) -> AdapterName:
+    if kind is not None and adapter.kind != kind:
         raise make_error("BAD_NAME", f"{adapter} is not one of the run's {kind}")
     return adapter

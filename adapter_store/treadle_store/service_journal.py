@@ -13,12 +13,12 @@ from sqlalchemy import Connection
 
 from treadle.errors import TreadleError, UnavailableError, make_error, to_operation_error
 from treadle.internal.v1 import journal_pb2, journal_pb2_grpc, usage_pb2
-from treadle.names import check_tenant
+from treadle.names import check_tenant, parse_adapter
 from treadle.v1 import adapters_pb2, types_pb2
 from treadle_service import failpoints
 from treadle_service.tracing import TRACING
 from treadle_store import adapters, catalog, journal
-from treadle_store.access import may_see, visible_adapter, visible_run
+from treadle_store.access import may_see, read_adapter, visible_adapter, visible_run
 from treadle_store.blob_io import require_blob
 from treadle_store.blobs import BlobStore
 from treadle_store.clock import Clock
@@ -197,8 +197,7 @@ class JournalService(journal_pb2_grpc.JournalServiceServicer):
         self, request: journal_pb2.LookupAdapterRequest, context: object
     ) -> journal_pb2.LookupAdapterResponse:
         """Returns a saved adapter."""
-        body = partial(adapters.fetch_adapter, name=visible_adapter(request.name), for_worker=True)
-        adapter = await self._database.read(body)
+        adapter = await self._database.read(read_adapter(parse_adapter(request.name), for_worker=True))
         if adapter.unnamed:
             self._unnamed.note_use(adapter.name)
         return journal_pb2.LookupAdapterResponse(adapter=adapter)

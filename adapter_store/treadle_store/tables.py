@@ -123,6 +123,7 @@ runs: Final = Table(
     # a request id never clashes.
     UniqueConstraint("tenant", "request_id"),
     Index(None, "tenant", "created_us", "run"),
+    Index(None, "from_adapter"),
 )
 
 _RUN = ["runs.tenant", "runs.run"]
@@ -223,7 +224,9 @@ adapters: Final = Table(
     Column("used_us", BigInteger),  # last known use of an unnamed one
     Column("expires_us", BigInteger),  # when it goes by itself; NULL for never
     Column("metadata", Text, nullable=False, server_default="{}"),  # JSON object of strings
+    Column("public", Boolean, nullable=False, server_default=false()),  # every tenant may read it
     Index(None, "tenant", "kind", "created_us"),
+    Index(None, "run", "kind", "adapter"),
 )
 
 adapter_files: Final = Table(

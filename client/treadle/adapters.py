@@ -68,6 +68,16 @@ class AdapterCalls:
         else:
             self._transport.call(self._adapters.DeleteCheckpoint, adapters_pb2.DeleteCheckpointRequest(name=name))
 
+    def set_adapter_public(self, name: str, *, public: bool) -> AdapterInfo:
+        """Lets every tenant of the deployment read a revision or checkpoint of yours, or only you again.
+
+        Who may read it samples from it, starts runs from it, downloads and copies it. What others have started from it
+        or copied stays theirs. Raises NotFoundError.
+        """
+        request = adapters_pb2.SetAdapterPublicRequest(name=name, public=public)
+        answer: adapters_pb2.SetAdapterPublicResponse = self._transport.call(self._adapters.SetAdapterPublic, request)
+        return adapter_from(answer.adapter)
+
     def pull_adapter(self, name: str, folder: str | Path, on_progress: Progress | None = None) -> Path:
         """Downloads a revision or checkpoint as a PEFT folder, which must not exist or be empty; returns it.
 

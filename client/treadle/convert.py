@@ -174,6 +174,7 @@ def adapter_from(adapter: adapters_pb2.Adapter) -> AdapterInfo:
         created=time_from(adapter.created),
         files=tuple(AdapterFile(file.path, file.size, file.sha256) for file in adapter.files),
         unnamed=adapter.unnamed,
+        public=adapter.public,
     )
 
 

@@ -164,6 +164,8 @@ class AdapterInfo:
     files: tuple[AdapterFile, ...]
     unnamed: bool = False
     """Saved without a name: it goes some time after its last use, unless it is one of the run's newest."""
+    public: bool = False
+    """Every tenant may read it."""
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ class Directory:
                 raise model_not_found(model) if self.table.bases("sampler") else no_worker("sampler", model)
             return model, ""
         name = parse_adapter(model)
-        if name.tenant != principal.tenant or name.kind != "revisions":
+        if name.kind != "revisions":
             raise model_not_found(model)
 
         async def load() -> str:
@@ -190,6 +190,9 @@ class Directory:
                 raise model_not_found(model) if raised.reason == "ADAPTER_NOT_FOUND" else raised from error
             return answer.adapter.base
 
+        if name.tenant != principal.tenant:
+            # Public at the moment, or not there: not remembered, since its owner may take it back.
+            return await load(), model
         # A run's revisions share its base: a new one of a known run costs no question.
         return await self._adapter_bases.get(str(name.run_name), load), model
 

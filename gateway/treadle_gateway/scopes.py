@@ -42,6 +42,7 @@ METHOD_SCOPES: Final[dict[str, tuple[str, ...]]] = {
     "/treadle.v1.AdapterService/GetCheckpoint": READ,
     "/treadle.v1.AdapterService/DeleteCheckpoint": TRAIN,
     "/treadle.v1.AdapterService/SetAdapterTtl": TRAIN,
+    "/treadle.v1.AdapterService/SetAdapterPublic": TRAIN,
     "/treadle.v1.AdapterService/CopyAdapter": TRAIN,
     # A key that may only sample must not carry the weights away.
     "/treadle.v1.AdapterService/PullAdapter": TRAIN,

@@ -34,6 +34,14 @@ class StoreSource:
 
     async def lookup(self, name: str) -> Found:
         """Returns the revision's files; MODEL_NOT_FOUND when there is no such revision of this base."""
+        return found_from(await self._adapter(name))
+
+    async def check_public(self, name: str) -> None:
+        """Raises the same MODEL_NOT_FOUND unless every tenant may read the revision now."""
+        if not (await self._adapter(name)).public:
+            raise model_not_found(name, self.base.info.name)
+
+    async def _adapter(self, name: str) -> adapters_pb2.Adapter:
         try:
             # Asked once: what is in memory goes on serving at once while the store is away.
             adapter = await self.store.lookup_adapter(name, tries=1)
@@ -43,7 +51,7 @@ class StoreSource:
             raise
         if adapter.base != self.base.info.name:
             raise model_not_found(name, self.base.info.name)
-        return found_from(adapter)
+        return adapter
 
     async def load(self, found: Found) -> AdapterWeights:
         """Fetches and reads a revision; CHECKSUM_MISMATCH, BAD_ADAPTER_FILE, INCOMPATIBLE_ADAPTER."""

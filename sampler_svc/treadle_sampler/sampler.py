@@ -47,8 +47,9 @@ class Sampler:
         worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_SAMPLER, address=address)
         self.registration = Registration(store, worker, base.info, settings.heartbeat_seconds, self._describe_load)
         self.metering = Metering(store, settings.worker, lambda: engine.trace.busy_seconds)
+        self._source = StoreSource(store, base, settings.delta_bytes)
         self.cache: AdapterCache[AdapterWeights] = AdapterCache(
-            StoreSource(store, base, settings.delta_bytes),
+            self._source,
             time.monotonic,
             max_entries=settings.max_cached_adapters,
             max_bytes=settings.max_cached_bytes,
@@ -70,8 +71,10 @@ class Sampler:
             raise model_not_found(name, self._info.name)
         parsed = parse_adapter(name)
         trusted = INTERNAL_SCOPE in principal.scopes and not principal.tenant
-        if parsed.kind != "revisions" or not (trusted or parsed.tenant == principal.tenant):
+        if parsed.kind != "revisions":
             raise model_not_found(name, self._info.name)
+        if not (trusted or parsed.tenant == principal.tenant):
+            await self._source.check_public(name)
         self._note_served(str(parsed.run_name))
         async with self.cache.lease(name) as weights:
             yield weights

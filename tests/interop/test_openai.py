@@ -1,6 +1,7 @@
 """The real `openai` client against a deployment: completions, chat, streams, models, errors, what is kept."""
 
 import asyncio
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +9,13 @@ import grpc
 import numpy as np
 import openai
 import pytest
+from click.testing import CliRunner
 
 from tests.interop.conftest import ALIAS, BASE
 from tests.support.cluster import Cluster
 from treadle import AdamParams, Datum, ModelInput, SamplingParams, ServiceClient, TensorData
+from treadle.cli import COMMANDS
+from treadle.cli.lazy import LazyGroup
 from treadle.internal.v1 import sampler_pb2, sampler_pb2_grpc
 from treadle.recipes.configs import SftConfig
 from treadle.recipes.examples import encode_row
@@ -436,6 +440,18 @@ def test_nothing_is_kept_without_consent(user: User):
     assert list(client.chat.completions.list()) == []
 
 
+def train_on_kept(user: User, file: Path) -> None:
+    """Trains an adapter on all that was kept, with the two commands that the page names."""
+    environment = {"TREADLE_ADDRESS": user.cluster.gateway_address, "TREADLE_API_KEY": user.key}
+    for arguments, shown in (
+        (["dataset", "export", str(file)], {"conversations": 6}),
+        (["sft", str(file), "--steps", "2", "--eval-fraction", "0"], {"steps": 2}),
+    ):
+        done = CliRunner().invoke(LazyGroup(COMMANDS), [*arguments, "-f", "json"], env=environment)
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout).items() >= shown.items()
+
+
 def test_what_is_kept_is_listed_read_changed_deleted_and_trained_on(user: User, tokenizer, tmp_path: Path):
     """Whole or streamed, through the client's own calls; as rows of a fine-tuning by the export."""
     user.consent()
@@ -466,6 +482,7 @@ def test_what_is_kept_is_listed_read_changed_deleted_and_trained_on(user: User, 
         example = encode_row(tokenizer, row, config)
         learned = [token for token, weight in zip(example.tokens, example.weights, strict=True) if weight]
         assert one.choices[0].message.content in tokenizer.decode(learned)
+    train_on_kept(user, tmp_path / "all.jsonl")
     assert client.chat.completions.delete(one.id).deleted
     other = User(user.cluster, user.cluster.new_tenant()).client()
     for name, caller in ((one.id, client), (kept[1].id, other)):

@@ -17,8 +17,13 @@ from tests.support.cluster import Cluster
 @pytest.fixture(scope="module")
 def saved(tinker_cluster: Cluster) -> tuple[str, str, dict[str, str]]:
     """A tenant's key, a run of it, and the paths of what was saved from that run, by kind."""
-    key = tinker_cluster.new_tenant()
-    with sdk(tinker_cluster, key) as service:
+    return save_all(tinker_cluster)
+
+
+def save_all(cluster: Cluster) -> tuple[str, str, dict[str, str]]:
+    """Saves weights of each kind as a new tenant."""
+    key = cluster.new_tenant()
+    with sdk(cluster, key) as service:
         training = service.create_lora_training_client(ALIAS, rank=4, seed=21).result()
         training.forward_backward(batch(training), "cross_entropy")
         training.optim_step(adam()).result()
@@ -162,10 +167,55 @@ def test_usage_is_told_by_run(tinker_cluster: Cluster, saved: tuple[str, str, di
     assert (stored.data[0].checkpoint_count, stored.data[0].size_bytes > 1000) == (3, True)
 
 
-def test_publishing_is_refused(tinker_cluster: Cluster, saved: tuple[str, str, dict[str, str]]) -> None:
-    """At once, and the sentence says what to do instead; so is taking it back."""
-    key, _, paths = saved
-    catalog = rest(tinker_cluster, key)
-    for act in (catalog.publish_checkpoint_from_tinker_path, catalog.unpublish_checkpoint_from_tinker_path):
-        with pytest.raises(tinker.PermissionDeniedError, match="export the files"):
-            act(paths["weights"]).result()
+def test_published_weights_are_read_by_others_until_they_are_unpublished(
+    tinker_cluster: Cluster,
+) -> None:
+    """Sampled from, trained on, looked at and copied by their path, as by their owner; changed by their owner alone."""
+    key, run, paths = save_all(tinker_cluster)
+    catalog, stranger_key = rest(tinker_cluster, key), tinker_cluster.new_tenant()
+    stranger = rest(tinker_cluster, stranger_key)
+    for path in (paths["weights"], paths["sampler_weights"]):
+        catalog.publish_checkpoint_from_tinker_path(path).result()
+    assert {c.tinker_path: c.public for c in catalog.list_checkpoints(run).result().checkpoints} == {
+        paths["weights"]: True,
+        paths["sampler_weights"]: True,
+        paths["external_weights"]: False,
+    }
+    prompt = types.ModelInput.from_ints([1, 5, 9, 5])
+    params = types.SamplingParams(max_tokens=6, temperature=0.0)
+    with sdk(tinker_cluster, key) as mine, sdk(tinker_cluster, stranger_key) as theirs:
+        drawn = [
+            service.create_sampling_client(model_path=paths["sampler_weights"])
+            .result()
+            .sample(prompt, 1, params)
+            .result()
+            for service in (mine, theirs)
+        ]
+        assert drawn[0].sequences[0].tokens == drawn[1].sequences[0].tokens
+        url = f"http://{tinker_cluster.http_address}/v1/completions"
+        asked = {"model": paths["sampler_weights"], "prompt": [1, 5, 9, 5], "max_tokens": 6, "temperature": 0}
+        told = [httpx.post(url, json=asked, headers={"authorization": f"Bearer {k}"}) for k in (key, stranger_key)]
+        assert told[0].json()["choices"] == told[1].json()["choices"]
+        resumed = [
+            service.create_training_client_from_state_with_optimizer(paths["weights"]).result()
+            for service in (mine, theirs)
+        ]
+        losses = []
+        for client in resumed:
+            client.forward_backward(batch(client), "cross_entropy").result()
+            client.optim_step(adam()).result()
+            losses.append(client.forward_backward(batch(client), "cross_entropy").result().metrics["loss:sum"])
+        assert losses[0] == losses[1]
+        assert stranger.get_weights_info_by_tinker_path(paths["weights"]).result().lora_rank == 4
+        with pytest.raises(tinker.NotFoundError):
+            stranger.delete_checkpoint_from_tinker_path(paths["weights"]).result()
+        with pytest.raises(tinker.NotFoundError):
+            stranger.unpublish_checkpoint_from_tinker_path(paths["weights"]).result()
+        for path in (paths["weights"], paths["sampler_weights"]):
+            catalog.unpublish_checkpoint_from_tinker_path(path).result()
+        with pytest.raises(tinker.NotFoundError):
+            stranger.get_weights_info_by_tinker_path(paths["weights"]).result()
+        with pytest.raises(tinker.NotFoundError):
+            theirs.create_sampling_client(model_path=paths["sampler_weights"]).result()
+        # What was begun from it goes on.
+        assert resumed[1].forward(batch(resumed[1]), "cross_entropy").result().metrics["loss:sum"] == losses[1]

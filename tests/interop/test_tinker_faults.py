@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import tinker
+import torch
 from tinker import types
 
 from tests.interop.conftest import ALIAS, sdk
@@ -31,9 +32,14 @@ def loop(service: tinker.ServiceClient, disturb: Callable[[int], None]) -> list[
     sampler = training.save_weights_and_get_sampling_client().result()
     params = types.SamplingParams(max_tokens=12, seed=5)
     sampling = [sampler.sample(types.ModelInput.from_ints([1, 5, 9]), 2, params) for _ in range(3)]
+    # More than a future's id holds: a gateway that was started since cannot know it, and the SDK sends it again.
+    targets = types.TensorData.from_torch(torch.randint(0, 1024, (399, 128), generator=torch.manual_seed(0)))
+    long = types.ModelInput.from_ints([1, *range(5, 404)])
+    scoring = sampler.sample(long, 1, params, target_prompt_logprobs=targets)
     disturb(99)
     numbers = [logprobs(result.result()) for result in results]
-    return [*numbers, *(np.array(s.logprobs) for answer in sampling for s in answer.result().sequences)]
+    numbers += [np.array(s.logprobs) for answer in sampling for s in answer.result().sequences]
+    return [*numbers, scoring.result().target_prompt_logprobs.to_numpy()]
 
 
 @pytest.mark.timeout(600)

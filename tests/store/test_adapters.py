@@ -274,3 +274,62 @@ async def test_kinds_are_not_mixed_up(store):
     assert (await acme.adapters.GetCheckpoint(request)).checkpoint.step == 3
     await acme.adapters.DeleteCheckpoint(adapters_pb2.DeleteCheckpointRequest(name=request.name))
     assert await reason_of(acme.adapters.GetCheckpoint(request)) == "ADAPTER_NOT_FOUND"
+
+
+async def test_a_public_adapter_is_read_by_all_and_changed_by_its_owner_alone(store):
+    """Once its owner says so, until the owner takes it back; the answer to others is that for none."""
+    acme, zen, run = store.tenant("acme"), store.tenant("zen"), await store.new_run()
+    name = (await push(acme, run)).revision.name
+    anywhere = name.replace("tenants/acme/", "tenants/-/")
+
+    def reads():
+        lookup = journal_pb2.LookupAdapterRequest(name=name)
+        return [get(zen, name), get(zen, anywhere), zen.journal.LookupAdapter(lookup), pull(zen, name)]
+
+    async def start(request_id: str) -> str:
+        wanted = training_pb2.CreateRunRequest(from_adapter=name, request_id=request_id)
+        return await reason_of(zen.journal.RegisterRun(journal_pb2.RegisterRunRequest(tenant="zen", run=wanted)))
+
+    async def set_public(caller, *, public: bool) -> str:
+        return await reason_of(
+            caller.adapters.SetAdapterPublic(adapters_pb2.SetAdapterPublicRequest(name=name, public=public))
+        )
+
+    assert [await reason_of(read) for read in reads()] == ["ADAPTER_NOT_FOUND"] * 4
+    assert await set_public(zen, public=True) == "ADAPTER_NOT_FOUND"
+    assert not (await get(acme, anywhere)).revision.public
+    assert await set_public(acme, public=True) == ""
+    assert [await reason_of(read) for read in reads()] == [""] * 4
+    assert (await get(zen, anywhere)).revision.name == name
+    assert await pull(zen, name) == files()
+    assert await start("while it was public") == ""
+    own = await store.new_run("zen")
+    copied = await zen.adapters.CopyAdapter(adapters_pb2.CopyAdapterRequest(source=name, run=own, adapter_id="mine"))
+    assert (copied.adapter.name, copied.adapter.public) == (f"{own}/revisions/mine", False)
+    for change in (
+        zen.adapters.DeleteRevision(adapters_pb2.DeleteRevisionRequest(name=name)),
+        zen.adapters.SetAdapterTtl(adapters_pb2.SetAdapterTtlRequest(name=name)),
+        zen.adapters.CopyAdapter(adapters_pb2.CopyAdapterRequest(source=name, run=run, adapter_id="x")),
+        push(zen, run, "v1"),
+    ):
+        assert await reason_of(change) in ("ADAPTER_NOT_FOUND", "RUN_NOT_FOUND")
+    assert await set_public(acme, public=False) == ""
+    assert [await reason_of(read) for read in reads()] == ["ADAPTER_NOT_FOUND"] * 4
+    assert await start("when it was taken back") == "ADAPTER_NOT_FOUND"
+    # What others made of it while they could stays theirs: the copy, and the run that has no snapshot of its own yet.
+    assert await pull(zen, copied.adapter.name) == files()
+    await acme.adapters.DeleteRevision(adapters_pb2.DeleteRevisionRequest(name=name))
+    assert await reason_of(store.journal.LookupAdapter(journal_pb2.LookupAdapterRequest(name=name))) == ""
+
+
+async def test_a_name_without_tenant_means_ones_own_first_and_is_never_guessed(store):
+    """Two public adapters of two tenants under one id: who has neither gets none."""
+    names = []
+    for tenant in ("acme", "zen"):
+        run = await store.new_run(tenant, run_id="r-same", request_id=tenant)
+        names.append((await push(store.tenant(tenant), run)).revision.name)
+        public = adapters_pb2.SetAdapterPublicRequest(name=names[-1], public=True)
+        await store.tenant(tenant).adapters.SetAdapterPublic(public)
+    anywhere = "tenants/-/runs/r-same/revisions/v1"
+    assert [(await get(store.tenant(t), anywhere)).revision.name for t in ("acme", "zen")] == names
+    assert await reason_of(get(store.tenant("third"), anywhere)) == "ADAPTER_NOT_FOUND"

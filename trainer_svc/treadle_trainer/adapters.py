@@ -44,9 +44,16 @@ class Adapters:
         loop.starters[SAVE_WEIGHTS] = self._start_save
         loop.starters[LOAD_STATE] = lambda resident, op: loop.spawn(self._load(resident, op))
 
-    async def fetch(self, name: str, base: str, *, with_optimizer: bool) -> dict[str, bytes | Path]:
-        """Returns a saved adapter's files by name; ADAPTER_NOT_FOUND, INCOMPATIBLE_ADAPTER, NO_OPTIMIZER_STATE."""
+    async def fetch(
+        self, name: str, base: str, *, with_optimizer: bool, reader: str | None = None
+    ) -> dict[str, bytes | Path]:
+        """Returns a saved adapter's files by name; ADAPTER_NOT_FOUND, INCOMPATIBLE_ADAPTER, NO_OPTIMIZER_STATE.
+
+        With `reader`, a tenant, it must be that tenant's or public.
+        """
         adapter = await self._store.lookup_adapter(name)
+        if reader not in (None, names.parse_adapter(name).tenant) and not adapter.public:
+            raise make_error("ADAPTER_NOT_FOUND", f"there is no adapter {name!r}")
         if adapter.base != base:
             raise make_error("INCOMPATIBLE_ADAPTER", f"{name} was trained on {adapter.base!r}, the run is on {base!r}")
         present = {file.path: file.sha256 for file in adapter.files}
@@ -131,10 +138,18 @@ class Adapters:
         return adapters_pb2.AdapterFile(path=path, size=size, sha256=sha256)
 
     async def _load(self, resident: Resident, op: RunOp) -> None:
-        with_optimizer = op.work.operation.load_state.with_optimizer
+        wanted = op.work.operation.load_state
+        with_optimizer = wanted.with_optimizer
+        # What was loaded once is loaded again in a replay, though its owner may have taken it back.
+        reader = resident.facts.tenant if op.work.recorded is None else None
         try:
-            name = operations.adapter_to_load(resident.name, op.work.operation)
-            fetch = partial(self.fetch, name, resident.facts.base, with_optimizer=with_optimizer)
+            fetch = partial(
+                self.fetch,
+                str(names.parse_adapter(wanted.adapter)),
+                resident.facts.base,
+                with_optimizer=with_optimizer,
+                reader=reader,
+            )
             files = await persist(fetch, resident.is_open)
             config = operations.lora_config(resident.facts.lora)
             if resident.closed is not None:

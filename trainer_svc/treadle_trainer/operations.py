@@ -15,7 +15,6 @@ import xxhash
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from treadle import names
 from treadle.errors import TreadleError, make_error
 from treadle.v1 import admin_pb2, training_pb2, types_pb2
 from treadle.wire import decode_batch, encode_outputs
@@ -152,14 +151,6 @@ def lora_config(message: types_pb2.LoraConfig) -> LoraConfig:
         )
     except EngineError as error:
         raise make_error(error.reason, error.message) from error
-
-
-def adapter_to_load(run: str, operation: training_pb2.Operation) -> str:
-    """Returns the name of the adapter that a load_state wants; ADAPTER_NOT_FOUND if it is another tenant's."""
-    wanted = names.parse_adapter(operation.load_state.adapter)
-    if wanted.tenant != names.parse_run(run).tenant:
-        raise make_error("ADAPTER_NOT_FOUND", f"there is no adapter {operation.load_state.adapter!r}")
-    return str(wanted)
 
 
 def failure_in(work: PassWork) -> TreadleError | None:

@@ -17,7 +17,7 @@ _BASE_HELP = "Folder or hub name of the base's weights.  [default: what the serv
 
 @click.group()
 def adapter() -> None:
-    """List, export, publish and import saved adapters."""
+    """List, share, export, publish and import saved adapters."""
 
 
 @adapter.command("list")
@@ -46,6 +46,22 @@ def list_(place: Place, run: str, *, checkpoints: bool) -> None:
             if not token:
                 break
     print_rows(place, rows, "no checkpoints" if checkpoints else "no revisions")
+
+
+@adapter.command()
+@click.argument("name")
+@click.option("--undo", is_flag=True, help="Keep it to your own tenant again.")
+@place_options
+def share(place: Place, name: str, *, undo: bool) -> None:
+    """Let every tenant of the deployment read the revision or checkpoint NAME.
+
+    They may sample from it, start runs from it, download and copy it; what they made of it stays theirs.
+    """
+    from treadle.cli.connect import open_service
+
+    with open_service(place) as service:
+        shared = service.set_adapter_public(name, public=not undo)
+    print_row(place, {"adapter": shared.name, "public": shared.public})
 
 
 @adapter.command()
@@ -145,5 +161,6 @@ def _row(found: "adapters_pb2.Adapter") -> Row:
         "rank": found.lora.rank,
         "step": found.step,
         "bytes": sum(file.size for file in found.files),
+        "public": found.public,
         "created": found.created.ToJsonString(),
     }

@@ -70,6 +70,11 @@ class AdapterServiceStub(object):
                 request_serializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlRequest.SerializeToString,
                 response_deserializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlResponse.FromString,
                 _registered_method=True)
+        self.SetAdapterPublic = channel.unary_unary(
+                '/treadle.v1.AdapterService/SetAdapterPublic',
+                request_serializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterPublicRequest.SerializeToString,
+                response_deserializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterPublicResponse.FromString,
+                _registered_method=True)
         self.CopyAdapter = channel.unary_unary(
                 '/treadle.v1.AdapterService/CopyAdapter',
                 request_serializer=treadle_dot_v1_dot_adapters__pb2.CopyAdapterRequest.SerializeToString,
@@ -99,7 +104,7 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetRevision(self, request, context):
-        """Returns one revision. Errors: ADAPTER_NOT_FOUND.
+        """Returns one revision, the tenant's own or a public one. Errors: ADAPTER_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,7 +125,7 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetCheckpoint(self, request, context):
-        """Returns one checkpoint. Errors: ADAPTER_NOT_FOUND.
+        """Returns one checkpoint, the tenant's own or a public one. Errors: ADAPTER_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,8 +145,16 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetAdapterPublic(self, request, context):
+        """Lets every tenant read an adapter (sample from it, start from it, download and copy it), or only the owner again.
+        Errors: ADAPTER_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CopyAdapter(self, request, context):
-        """Saves a revision or checkpoint once more under another run of the same tenant; no bytes are copied.
+        """Saves a revision or checkpoint once more under another run of the caller; no bytes are copied.
         Errors: ADAPTER_NOT_FOUND, RUN_NOT_FOUND, INCOMPATIBLE_ADAPTER, ADAPTER_EXISTS, QUOTA_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -200,6 +213,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.SetAdapterTtl,
                     request_deserializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlRequest.FromString,
                     response_serializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlResponse.SerializeToString,
+            ),
+            'SetAdapterPublic': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAdapterPublic,
+                    request_deserializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterPublicRequest.FromString,
+                    response_serializer=treadle_dot_v1_dot_adapters__pb2.SetAdapterPublicResponse.SerializeToString,
             ),
             'CopyAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.CopyAdapter,
@@ -407,6 +425,33 @@ class AdapterService(object):
             '/treadle.v1.AdapterService/SetAdapterTtl',
             treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlRequest.SerializeToString,
             treadle_dot_v1_dot_adapters__pb2.SetAdapterTtlResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAdapterPublic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.v1.AdapterService/SetAdapterPublic',
+            treadle_dot_v1_dot_adapters__pb2.SetAdapterPublicRequest.SerializeToString,
+            treadle_dot_v1_dot_adapters__pb2.SetAdapterPublicResponse.FromString,
             options,
             channel_credentials,
             insecure,

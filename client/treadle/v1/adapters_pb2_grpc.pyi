@@ -36,19 +36,23 @@ class AdapterServiceStub:
     ListRevisions: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListRevisionsRequest, _adapters_pb2.ListRevisionsResponse]
     """Lists the revisions of a run, or of all runs, newest first."""
     GetRevision: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetRevisionRequest, _adapters_pb2.GetRevisionResponse]
-    """Returns one revision. Errors: ADAPTER_NOT_FOUND."""
+    """Returns one revision, the tenant's own or a public one. Errors: ADAPTER_NOT_FOUND."""
     DeleteRevision: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteRevisionRequest, _adapters_pb2.DeleteRevisionResponse]
     """Deletes one revision. Errors: ADAPTER_NOT_FOUND."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListCheckpointsRequest, _adapters_pb2.ListCheckpointsResponse]
     """Lists the checkpoints of a run, or of all runs, newest first."""
     GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetCheckpointRequest, _adapters_pb2.GetCheckpointResponse]
-    """Returns one checkpoint. Errors: ADAPTER_NOT_FOUND."""
+    """Returns one checkpoint, the tenant's own or a public one. Errors: ADAPTER_NOT_FOUND."""
     DeleteCheckpoint: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteCheckpointRequest, _adapters_pb2.DeleteCheckpointResponse]
     """Deletes one checkpoint. Errors: ADAPTER_NOT_FOUND."""
     SetAdapterTtl: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAdapterTtlRequest, _adapters_pb2.SetAdapterTtlResponse]
     """Sets when a revision or checkpoint goes by itself. Errors: ADAPTER_NOT_FOUND, BAD_VALUE."""
+    SetAdapterPublic: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAdapterPublicRequest, _adapters_pb2.SetAdapterPublicResponse]
+    """Lets every tenant read an adapter (sample from it, start from it, download and copy it), or only the owner again.
+    Errors: ADAPTER_NOT_FOUND.
+    """
     CopyAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.CopyAdapterRequest, _adapters_pb2.CopyAdapterResponse]
-    """Saves a revision or checkpoint once more under another run of the same tenant; no bytes are copied.
+    """Saves a revision or checkpoint once more under another run of the caller; no bytes are copied.
     Errors: ADAPTER_NOT_FOUND, RUN_NOT_FOUND, INCOMPATIBLE_ADAPTER, ADAPTER_EXISTS, QUOTA_EXCEEDED.
     """
     PullAdapter: _grpc.UnaryStreamMultiCallable[_adapters_pb2.PullAdapterRequest, _adapters_pb2.PullAdapterResponse]
@@ -66,19 +70,23 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     ListRevisions: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListRevisionsRequest, _adapters_pb2.ListRevisionsResponse]  # type: ignore[assignment]
     """Lists the revisions of a run, or of all runs, newest first."""
     GetRevision: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetRevisionRequest, _adapters_pb2.GetRevisionResponse]  # type: ignore[assignment]
-    """Returns one revision. Errors: ADAPTER_NOT_FOUND."""
+    """Returns one revision, the tenant's own or a public one. Errors: ADAPTER_NOT_FOUND."""
     DeleteRevision: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteRevisionRequest, _adapters_pb2.DeleteRevisionResponse]  # type: ignore[assignment]
     """Deletes one revision. Errors: ADAPTER_NOT_FOUND."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListCheckpointsRequest, _adapters_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     """Lists the checkpoints of a run, or of all runs, newest first."""
     GetCheckpoint: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetCheckpointRequest, _adapters_pb2.GetCheckpointResponse]  # type: ignore[assignment]
-    """Returns one checkpoint. Errors: ADAPTER_NOT_FOUND."""
+    """Returns one checkpoint, the tenant's own or a public one. Errors: ADAPTER_NOT_FOUND."""
     DeleteCheckpoint: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteCheckpointRequest, _adapters_pb2.DeleteCheckpointResponse]  # type: ignore[assignment]
     """Deletes one checkpoint. Errors: ADAPTER_NOT_FOUND."""
     SetAdapterTtl: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAdapterTtlRequest, _adapters_pb2.SetAdapterTtlResponse]  # type: ignore[assignment]
     """Sets when a revision or checkpoint goes by itself. Errors: ADAPTER_NOT_FOUND, BAD_VALUE."""
+    SetAdapterPublic: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAdapterPublicRequest, _adapters_pb2.SetAdapterPublicResponse]  # type: ignore[assignment]
+    """Lets every tenant read an adapter (sample from it, start from it, download and copy it), or only the owner again.
+    Errors: ADAPTER_NOT_FOUND.
+    """
     CopyAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.CopyAdapterRequest, _adapters_pb2.CopyAdapterResponse]  # type: ignore[assignment]
-    """Saves a revision or checkpoint once more under another run of the same tenant; no bytes are copied.
+    """Saves a revision or checkpoint once more under another run of the caller; no bytes are copied.
     Errors: ADAPTER_NOT_FOUND, RUN_NOT_FOUND, INCOMPATIBLE_ADAPTER, ADAPTER_EXISTS, QUOTA_EXCEEDED.
     """
     PullAdapter: _aio.UnaryStreamMultiCallable[_adapters_pb2.PullAdapterRequest, _adapters_pb2.PullAdapterResponse]  # type: ignore[assignment]
@@ -105,7 +113,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.GetRevisionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.GetRevisionResponse, _abc.Awaitable[_adapters_pb2.GetRevisionResponse]]:
-        """Returns one revision. Errors: ADAPTER_NOT_FOUND."""
+        """Returns one revision, the tenant's own or a public one. Errors: ADAPTER_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def DeleteRevision(
@@ -129,7 +137,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.GetCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.GetCheckpointResponse, _abc.Awaitable[_adapters_pb2.GetCheckpointResponse]]:
-        """Returns one checkpoint. Errors: ADAPTER_NOT_FOUND."""
+        """Returns one checkpoint, the tenant's own or a public one. Errors: ADAPTER_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def DeleteCheckpoint(
@@ -148,12 +156,22 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Sets when a revision or checkpoint goes by itself. Errors: ADAPTER_NOT_FOUND, BAD_VALUE."""
 
     @_abc_1.abstractmethod
+    def SetAdapterPublic(
+        self,
+        request: _adapters_pb2.SetAdapterPublicRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.SetAdapterPublicResponse, _abc.Awaitable[_adapters_pb2.SetAdapterPublicResponse]]:
+        """Lets every tenant read an adapter (sample from it, start from it, download and copy it), or only the owner again.
+        Errors: ADAPTER_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
     def CopyAdapter(
         self,
         request: _adapters_pb2.CopyAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.CopyAdapterResponse, _abc.Awaitable[_adapters_pb2.CopyAdapterResponse]]:
-        """Saves a revision or checkpoint once more under another run of the same tenant; no bytes are copied.
+        """Saves a revision or checkpoint once more under another run of the caller; no bytes are copied.
         Errors: ADAPTER_NOT_FOUND, RUN_NOT_FOUND, INCOMPATIBLE_ADAPTER, ADAPTER_EXISTS, QUOTA_EXCEEDED.
         """
 

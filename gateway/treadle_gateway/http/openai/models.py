@@ -51,6 +51,8 @@ class Models:
         exact = self.exact_name(rest if divider else name)
         if _is_run(exact):
             exact = await self._newest(exact, name)
+        elif SCHEME in name:
+            exact = await self._of_path(exact, name)
         try:
             base, _ = await self._directory.base_of_model(exact, principal)
         except TreadleError as error:
@@ -97,6 +99,15 @@ class Models:
     async def _bases(self) -> dict[str, admin_pb2.BaseModel]:
         answer = await self._calls.admin.GetCapabilities(admin_pb2.GetCapabilitiesRequest())
         return {base.name: base for base in answer.bases if base.sampleable}
+
+    async def _of_path(self, own: str, asked: str) -> str:
+        """Returns the revision that a path means, which names no tenant: the caller's own, else a public one."""
+        wanted = f"tenants/-/{own.split('/', 2)[2]}"
+        try:
+            found = await self._calls.adapters.GetRevision(adapters_pb2.GetRevisionRequest(name=wanted))
+        except TreadleError as error:
+            raise model_not_found(asked) if error.reason in ("ADAPTER_NOT_FOUND", "BAD_NAME") else error from error
+        return found.revision.name
 
     async def _newest(self, run: str, asked: str) -> str:
         request = adapters_pb2.ListRevisionsRequest(run=run, page_size=1)

@@ -96,11 +96,19 @@ class Catalog:
         await self._calls.adapters.SetAdapterTtl(adapters_pb2.SetAdapterTtlRequest(name=name, ttl=ttl))
         return Response(status_code=204)
 
-    async def publish(self, _: Request) -> Response:
-        """Refuses: what is a tenant's is seen by that tenant alone."""
-        raise make_error(
-            "PERMISSION_DENIED", "weights are never public here: tenants are kept apart; export the files instead"
-        )
+    async def publish(self, request: Request) -> Response:
+        """Lets every tenant read saved weights."""
+        await self._set_public(request, public=True)
+        return Response(status_code=204)
+
+    async def unpublish(self, request: Request) -> Response:
+        """Keeps saved weights to their owner again."""
+        await self._set_public(request, public=False)
+        return Response(status_code=204)
+
+    async def _set_public(self, request: Request, *, public: bool) -> None:
+        wanted = adapters_pb2.SetAdapterPublicRequest(name=str(self._named(request)), public=public)
+        await self._calls.adapters.SetAdapterPublic(wanted)
 
     async def list_sessions(self, request: Request) -> Response:
         """Lists the sessions that made runs, newest first."""
@@ -209,7 +217,7 @@ def _checkpoint(adapter: adapters_pb2.Adapter) -> dict[str, Any]:
         "time": _time(adapter.created),
         "tinker_path": ids.path_of(name),
         "size_bytes": sum(file.size for file in adapter.files),
-        "public": False,
+        "public": adapter.public,
         "user_metadata": dict(adapter.metadata) or None,
         "expires_at": _time(adapter.expires) if adapter.HasField("expires") else None,
     }

@@ -45,7 +45,7 @@ class Downloads:
         saved = await self._training.saved(name)
         expires = int(time.time()) + LINK_SECONDS
         urls = {
-            file.path: str(request.base_url).rstrip("/") + self._link(str(name), file, expires) for file in saved.files
+            file.path: str(request.base_url).rstrip("/") + self._link(saved.name, file, expires) for file in saved.files
         }
         return json_response({"urls": urls, "expires": datetime.fromtimestamp(expires, UTC).isoformat()})
 

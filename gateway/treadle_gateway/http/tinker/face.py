@@ -108,7 +108,7 @@ def _catalog_routes(catalog: Catalog) -> list[HttpRoute]:
         HttpRoute("DELETE", _CHECKPOINT, catalog.delete_checkpoint, TRAIN),
         HttpRoute("PUT", _CHECKPOINT + "/ttl", catalog.set_ttl, TRAIN),
         HttpRoute("POST", _CHECKPOINT + "/publish", catalog.publish, TRAIN),
-        HttpRoute("DELETE", _CHECKPOINT + "/publish", catalog.publish, TRAIN),
+        HttpRoute("DELETE", _CHECKPOINT + "/publish", catalog.unpublish, TRAIN),
         HttpRoute("GET", "/sessions", catalog.list_sessions, TRAIN),
         HttpRoute("GET", "/sessions/{session_id}", catalog.get_session, TRAIN),
         HttpRoute("GET", "/billing/usage/events", catalog.usage_events, ANY_KEY),

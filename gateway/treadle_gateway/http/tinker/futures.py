@@ -87,7 +87,7 @@ def _as_json(result: training_pb2.OperationResult, run: RunName, wanted: ids.Ope
         case "save_weights_for_sampler":
             revision = parse_adapter(result.save_weights_for_sampler.revision)
             if wanted.sampler_seq is not None:
-                sampler = ids.sampler_id(ids.session_of(run), wanted.sampler_seq, str(revision))
+                sampler = ids.sampler_id(ids.session_of(run), wanted.sampler_seq, str(revision), run.tenant)
                 return {"sampling_session_id": sampler, "type": "save_weights_for_sampler"}
             external = revision.adapter.startswith(ids.EXTERNAL_PREFIX)
             kind = "save_weights_external" if external else "save_weights_for_sampler"

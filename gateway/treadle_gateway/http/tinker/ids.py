@@ -102,10 +102,9 @@ def path_of(adapter: AdapterName) -> str:
     return f"{SCHEME}{model_of(adapter.run_name)}/{checkpoint_of(adapter)}"
 
 
-def sampler_id(session: str, seq: int, model: str) -> str:
-    """Returns the id of a sampling session on a base or revision."""
-    if is_adapter(model):
-        adapter = parse_adapter(model)
+def sampler_id(session: str, seq: int, model: str, tenant: str) -> str:
+    """Returns the id of a tenant's sampling session on a base or revision; another tenant's keeps its whole name."""
+    if is_adapter(model) and (adapter := parse_adapter(model)).tenant == tenant:
         model = f"{SCHEME}{adapter.run}/{adapter.adapter}"
     return f"{check_session(session)}:sample:{seq}:{_encode(model.encode())}"
 

@@ -32,7 +32,8 @@ class Sampling:
         """Names what is sampled; what is not there is said here, not at the first sample."""
         body = await bodies.read(request, bodies.CreateSamplingSession)
         model, _ = await self._model(body.base_model, body.model_path)
-        sampler = ids.sampler_id(body.session_id, body.sampling_session_seq_id, model)
+        tenant = current_principal().tenant
+        sampler = ids.sampler_id(body.session_id, body.sampling_session_seq_id, model, tenant)
         return json_response({"type": "create_sampling_session", "sampling_session_id": sampler})
 
     async def get_sampler(self, request: Request) -> Response:
@@ -74,7 +75,7 @@ class Sampling:
             if adapter.kind != "revisions":
                 raise make_error("BAD_NAME", f"{model_path} is for training; sample from a path with /sampler_weights/")
             saved = await self._training.saved(adapter)
-            return str(adapter), (await self._models.find(saved.base)).max_context
+            return saved.name, (await self._models.find(saved.base)).max_context
         if base_model is None:
             raise make_error("BAD_VALUE", "base_model is required, or model_path")
         base = await self._models.find(base_model)

@@ -5,6 +5,7 @@ no gap is left in the run's order. Knows nothing of results.
 """
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Mapping
 from typing import Any, Final
@@ -16,7 +17,7 @@ from google.protobuf.message import DecodeError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from treadle.errors import TreadleError, make_error, to_operation_error
+from treadle.errors import NotFoundError, TreadleError, make_error, to_operation_error
 from treadle.internal.v1 import tinker_pb2
 from treadle.names import AdapterName, RunName, parse_adapter
 from treadle.v1 import adapters_pb2, training_pb2, types_pb2
@@ -64,12 +65,16 @@ class Training:
         load = training_pb2.LoadState(adapter=str(source), with_optimizer=body.optimizer)
         if body.model_id is not None and body.seq_id is not None:
             run = ids.run_of(body.model_id, tenant)
+            # What is not there becomes an operation that fails.
+            with contextlib.suppress(NotFoundError):
+                load.adapter = (await self.saved(source)).name
             return await self._submit(run, training_pb2.Operation(seq=body.seq_id + SEQ_SHIFT, load_state=load))
         if body.session_id is None or body.model_seq_id is None:
             raise make_error("BAD_VALUE", "load_weights takes session_id and model_seq_id, or model_id and seq_id")
         if body.optimizer and source.kind != "checkpoints":
             raise make_error("NO_OPTIMIZER_STATE", f"{body.path} has no optimizer state; load a path with /weights/")
         saved = await self.saved(source)
+        load.adapter = saved.name
         base = await self._base_of_load(body.base_model, saved)
         model = ids.model_id(body.session_id, body.model_seq_id)
         run = await self._create(model, saved.base, saved.lora, base, body.user_metadata)
@@ -150,11 +155,15 @@ class Training:
         return await self._submit(ids.run_of(body.model_id, current_principal().tenant), operation)
 
     async def saved(self, name: AdapterName) -> adapters_pb2.Adapter:
-        """Returns a saved adapter of the caller; ADAPTER_NOT_FOUND."""
-        if name.tenant == current_principal().tenant and name.kind == "checkpoints":
-            found = await self._calls.adapters.GetCheckpoint(adapters_pb2.GetCheckpointRequest(name=str(name)))
+        """Returns a saved adapter of the caller, or a public one whose path is the same; ADAPTER_NOT_FOUND.
+
+        Paths name no tenant; one that was found has its owner's in its name.
+        """
+        wanted = str(name).replace(f"tenants/{current_principal().tenant}/", "tenants/-/", 1)
+        if name.kind == "checkpoints":
+            found = await self._calls.adapters.GetCheckpoint(adapters_pb2.GetCheckpointRequest(name=wanted))
             return found.checkpoint
-        return (await self._calls.adapters.GetRevision(adapters_pb2.GetRevisionRequest(name=str(name)))).revision
+        return (await self._calls.adapters.GetRevision(adapters_pb2.GetRevisionRequest(name=wanted))).revision
 
     async def copy_weights(self, request: Request) -> Response:
         """Saves weights once more under a run of their own."""
@@ -164,7 +173,7 @@ class Training:
         session = body.session_id or ids.new_session()
         model = ids.model_id(session, body.model_seq_id or 0)
         run = await self._create(model, saved.base, saved.lora, self._models.name_of(saved.base), None)
-        copy = adapters_pb2.CopyAdapterRequest(source=str(source), run=str(run), ttl=_ttl(body.ttl_seconds))
+        copy = adapters_pb2.CopyAdapterRequest(source=saved.name, run=str(run), ttl=_ttl(body.ttl_seconds))
         made = await self._calls.adapters.CopyAdapter(copy)
         return json_response({"tinker_path": ids.path_of(parse_adapter(made.adapter.name))})
 
