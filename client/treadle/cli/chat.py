@@ -70,22 +70,10 @@ def _lines() -> Any:  # An iterator of strings; typing imports would cost `--hel
 
 def _answer(sampler: "SamplingClient", tokenizer: Any, said: "list[Message]", params: Any, *, shown: bool) -> str:
     """Returns the answer, printed as it comes."""
+    from treadle.cli.sample import print_as_it_comes
     from treadle.recipes.configs import DataConfig
     from treadle.recipes.examples import encode_prompt
     from treadle.types import ModelInput
 
     prompt = ModelInput.from_ints(encode_prompt(tokenizer, said, DataConfig()))
-    tokens: list[int] = []
-    text = ""
-    for delta in sampler.sample_stream(prompt, 1, params):
-        tokens += delta.tokens
-        now = tokenizer.decode(tokens, skip_special_tokens=True)
-        # A character may be spread over tokens; until it is whole it decodes as the replacement character.
-        if now.endswith("\ufffd"):
-            continue
-        if shown:
-            click.echo(now[len(text) :], nl=False)
-        text = now
-    if shown:
-        click.echo()
-    return text.strip()
+    return print_as_it_comes(tokenizer, sampler.sample_stream(prompt, 1, params), shown=shown).strip()
