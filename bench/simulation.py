@@ -76,7 +76,7 @@ class Trainer:
     def __post_init__(self) -> None:
         """Sets its scheduler up as a trainer does."""
         self._scheduler: FairScheduler[Run] = FairScheduler(self.speed.max_tokens_per_pass)
-        self._in_pass = False
+        self.in_pass: Sequence[Run] = ()
         self._pass_seconds = 0.0
         self._num_working = 0
         self._since = 0.0
@@ -84,7 +84,7 @@ class Trainer:
 
     def consider(self) -> None:
         """Begins a pass if there is work, unless steps that are about to end are waited for."""
-        if self._in_pass:
+        if self.in_pass:
             return
         waiting = [run for run in self.runs if run.num_waiting and not run.stepping]
         if not waiting:
@@ -96,7 +96,7 @@ class Trainer:
         seconds = self.speed.target_pass_seconds - self.speed.fixed_seconds
         picked = self._scheduler.pick([self._queue(run) for run in waiting], seconds)
         tokens = sum(run.usage.tokens_per_step for run in picked)
-        self._in_pass, self._pass_seconds = True, self.speed.pass_seconds(tokens)
+        self.in_pass, self._pass_seconds = picked, self.speed.pass_seconds(tokens)
         self.num_passes += 1
         self.num_picked += len(picked)
         self.num_tokens += tokens
@@ -125,7 +125,7 @@ class Trainer:
         return self.clock.now < self._patient_until
 
     def _end_pass(self, picked: Sequence[Run]) -> None:
-        self._in_pass = False
+        self.in_pass = ()
         for run in picked:
             run.num_waiting -= 1
             run.stepping = True

@@ -1,5 +1,7 @@
 """Who gets a run, a revision, a base."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,6 +132,29 @@ def test_a_revision_leaves_an_overloaded_sampler() -> None:
     revision = f"{RUN}/revisions/a"
     home = pick_sampler(samplers(a=0, b=0), "pip", revision, {})
     assert pick_sampler(samplers(a=0, b=0), "pip", revision, {home: 50}) != home
+
+
+def test_a_sampler_that_comes_or_goes_moves_only_its_own_adapters() -> None:
+    """The others keep what they have cached; the work is shared by all."""
+    revisions = [f"tenants/acme/runs/r-{number}/revisions/a" for number in range(300)]
+    three, two = samplers(a=0, b=0, c=0), samplers(a=0, b=0)
+    before = {name: pick_sampler(three, "pip", name, {}) for name in revisions}
+    after = {name: pick_sampler(two, "pip", name, {}) for name in revisions}
+    assert all(after[name] == before[name] for name in revisions if before[name] != "c:1")
+    assert min(Counter(before.values()).values()) > 70
+
+
+def test_a_hot_adapter_spills_over_to_the_same_second_sampler_and_comes_back() -> None:
+    """Only what is too much goes on, always to the next in the run's own order, whose cache then has it as well."""
+    revision = f"{RUN}/revisions/a"
+    home, second, third = (f"{worker.worker}:1" for worker in rank(RUN, samplers(a=0, b=0, c=0).workers))
+    in_flight = Counter[str]()
+    for _ in range(60):
+        in_flight[pick_sampler(samplers(a=0, b=0, c=0), "pip", revision, in_flight)] += 1
+    assert in_flight[home] >= in_flight[second] >= in_flight[third] > 0
+    busy = {home: 9, second: 8, third: 0}
+    assert pick_sampler(samplers(a=0, b=0, c=0), "pip", revision, busy) == second
+    assert pick_sampler(samplers(a=0, b=0, c=0), "pip", revision, {home: 8}) == home
 
 
 def test_a_bare_base_goes_to_the_idlest_sampler() -> None:

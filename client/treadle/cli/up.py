@@ -11,7 +11,15 @@ from treadle.cli.settings import DEFAULT_DATA_DIR
 
 
 @click.command()
-@click.option("--base", help="smollm2, pip, a folder or a hub name.  [default: smollm2 if installed, else pip]")
+@click.option(
+    "--base",
+    "bases",
+    multiple=True,
+    help="smollm2, pip, a folder or a hub name, with @int8 or @nf4 for so many bits; several serve several bases.  "
+    "[default: smollm2 if installed, else pip]",
+)
+@click.option("--trainers", type=click.IntRange(1), default=1, show_default=True, help="Trainers of each base.")
+@click.option("--samplers", type=click.IntRange(1), default=1, show_default=True, help="Samplers of each base.")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=DEFAULT_DATA_DIR, show_default=True)
 @click.option("--cache-dir", type=click.Path(path_type=Path), default="~/.cache/treadle", show_default=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address that the gateway listens on.")
@@ -19,14 +27,16 @@ from treadle.cli.settings import DEFAULT_DATA_DIR
     "--allow-plaintext", is_flag=True, help="Let a --host beyond this machine listen without TLS: keys travel readably."
 )
 @click.option("--port", type=click.IntRange(0, 65_000), default=7600, show_default=True, help="0 takes a free one.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of each worker.  [default: half of the cores]")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Threads of each worker.  [default: the cores over the workers]"
+)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option(
     "--quantize",
     type=click.Choice(["none", "int8", "nf4"]),
     default="none",
     show_default=True,
-    help="Bits of the frozen linears; the base is then served as NAME@int8 or NAME@nf4.",
+    help="Bits of the frozen linears where --base does not say; served as NAME@int8 or NAME@nf4.",
 )
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.option(
@@ -40,7 +50,9 @@ from treadle.cli.settings import DEFAULT_DATA_DIR
 @click.option("--ready-file", type=click.Path(path_type=Path), help="Written when all is ready, like up.json.")
 def up(
     *,
-    base: str | None,
+    bases: tuple[str, ...],
+    trainers: int,
+    samplers: int,
     data_dir: Path,
     cache_dir: Path,
     host: str,
@@ -53,11 +65,13 @@ def up(
     ready_file: Path | None,
     output_format: str,
 ) -> None:
-    """Start store, trainer, sampler and gateway, and keep them running until Ctrl-C."""
+    """Start store, trainers, samplers and gateway, and keep them running until Ctrl-C."""
     from treadle.cli.launch import launch
 
     kept = launch(
-        base=base,
+        bases=bases,
+        trainers=trainers,
+        samplers=samplers,
         data_dir=data_dir,
         cache_dir=cache_dir,
         host=host,
