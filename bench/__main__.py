@@ -22,6 +22,7 @@ NAMES = (
     "http",
     "lora",
     "memory",
+    "move",
     "openai_face",
     "recovery",
     "rl",

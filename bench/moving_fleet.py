@@ -1,7 +1,7 @@
 """Simulated trainers that hand runs to each other: the real demand, plan and acceptance over made-up computing.
 
-Adds to `bench.simulation` what `treadle_trainer.rebalancer` does: trainers report loads, look at each other, offer runs,
-and a run that moves stands still for a moment. Settings are the trainer's defaults.
+Adds to `bench.simulation` what `treadle_trainer.rebalancer` does: trainers report loads, look at each other, offer
+runs, and a run that moves stands still for a moment. Settings are the trainer's defaults.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -154,28 +156,16 @@ class Load:
         self._round_trip = round_trip
         self._stop = threading.Event()
         self._ready = threading.Barrier(len(data) + 1)
-        self._num_steps = 0
+        self.num_steps = 0
+        """Steps that have ended."""
 
     def watch(self, seconds: float) -> Seen:
         """Starts the clients, watches the trainer for so long, and ends them."""
-        with TroubleProxy(self._cluster.gateway_address, self._round_trip / 2) as proxy:
-            places = enumerate(zip(self._data, self._ranks, strict=True))
-            threads = [
-                threading.Thread(target=self._train, args=(proxy.address, self._cluster.new_tenant(), index, *place))
-                for index, place in places
-            ]
-            for thread in threads:
-                thread.start()
-            self._ready.wait()
-            # The first round trips, before the queue is full, are no part of the figures.
-            time.sleep(1.5)
-            before, num_steps, begin = status(self._cluster), self._num_steps, time.perf_counter()
+        with self.working():
+            before, num_steps, begin = status(self._cluster), self.num_steps, time.perf_counter()
             time.sleep(seconds)
             after, took = status(self._cluster), time.perf_counter() - begin
-            num_steps = self._num_steps - num_steps
-            self._stop.set()
-            for thread in threads:
-                thread.join()
+            num_steps = self.num_steps - num_steps
         passes = last_passes(self._cluster, after.num_passes - before.num_passes)
         busy = (after.busy.ToNanoseconds() - before.busy.ToNanoseconds()) / 1e9
         starts = [item.started.ToNanoseconds() / 1e9 for item in passes]
@@ -190,6 +180,27 @@ class Load:
             gap_share=sum(gaps) / took,
             steps_per_second=num_steps / took,
         )
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Has the clients train inside."""
+        with TroubleProxy(self._cluster.gateway_address, self._round_trip / 2) as proxy:
+            places = enumerate(zip(self._data, self._ranks, strict=True))
+            threads = [
+                threading.Thread(target=self._train, args=(proxy.address, self._cluster.new_tenant(), index, *place))
+                for index, place in places
+            ]
+            for thread in threads:
+                thread.start()
+            self._ready.wait()
+            # The first round trips, before the queue is full, are no part of any figure.
+            time.sleep(1.5)
+            try:
+                yield
+            finally:
+                self._stop.set()
+                for thread in threads:
+                    thread.join()
 
     def _train(self, address: str, key: str, index: int, data: list[Datum], rank: int) -> None:
         under_way: deque[Any] = deque()  # the SDK's handles
@@ -206,7 +217,7 @@ class Load:
 
     def _end(self, handle: Any) -> None:
         handle.result()
-        self._num_steps += 1
+        self.num_steps += 1
 
 
 async def swap(cluster: Cluster, folder: Path, rounds: int) -> list[Row]:
