@@ -8,14 +8,30 @@ from pathlib import Path
 
 import numpy as np
 import peft
+import pytest
 import torch
 import transformers
 
 from tests.dashboard.conftest import Browser, fetch, write_rows
+from tests.recipes.conftest import Remembering
 from tests.support.cluster import Cluster
 from treadle import AdamParams, Datum, ModelInput, ServiceClient
+from treadle.recipes.configs import SftConfig
+from treadle.recipes.job import StoppedError
+from treadle.recipes.sft import sft
 from treadle.records import Span
 from treadle_engine import bases
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+    """A key, its run that stopped in the middle, and the file; made first, since a page waits before it says so."""
+    key, file = cluster.new_tenant(), write_rows(tmp_path_factory.mktemp("interrupted") / "rows.jsonl")
+    config = SftConfig(data=str(file), epochs=3.0, batch_size=4, rank=4, checkpoint_every=5, num_samples=0)
+    observer = Remembering(stop_after=7)
+    with ServiceClient(cluster.gateway_address, key) as service, pytest.raises(StoppedError):
+        sft(service, config, observer)
+    return key, observer.run, file
 
 
 def logits(folder: Path | None) -> torch.Tensor:
@@ -154,3 +170,23 @@ def test_runs_are_compared_in_one_chart(cluster: Cluster, browser: Browser) -> N
     compared = browser.until(lambda: (now := browser.curves("reward")) and len(now) == 2 and now)
     assert {name: curve[0][1] for name, curve in compared.items()} == {"second": 6, "first": 5}
     assert browser.complaints() == []
+
+
+def test_an_interrupted_run_goes_on_at_a_click(
+    cluster: Cluster, browser: Browser, interrupted: tuple[str, str, Path]
+) -> None:
+    """From its last checkpoint to its end, once its file is given again."""
+    key, run, file = interrupted
+    with ServiceClient(cluster.gateway_address, key) as service:
+        before = service.get_run(run).latest.step
+        browser.log_in(key)
+        page = f"/runs/{run.split('/')[1]}/{run.split('/')[3]}"
+        browser.open(page)
+        browser.until(lambda: "Interrupted" in browser.text)
+        browser.find("input[type=file]").send_keys(str(file))
+        browser.until(lambda: browser.text.count("rows.jsonl") > 1)
+        browser.find("button", "Resume").click()
+        browser.until(lambda: service.get_run(run).latest.step > before)
+        browser.open(page)
+        browser.until(lambda: "finished" in browser.text)
+        assert [saved.name for saved in service.list_revisions(run) if saved.name.endswith("/final")]

@@ -115,6 +115,10 @@ def test_other_settings_and_other_data_are_not_resumed(service: ServiceClient, t
     run = stopped.value.run
     with pytest.raises(ConflictError, match="rank was 16, is 8"):
         sft(service, replace(config, resume=run, rank=8))
+    moved = data.rename(tmp_path / "moved.jsonl")
+    with pytest.raises(StoppedError) as stopped:
+        sft(service, replace(config, data=str(moved), resume=run), Remembering(stop_after=1))
+    assert stopped.value.run == run
     data.write_text("\n".join(XML.read_text().splitlines()[1:21]))
     with pytest.raises(ConflictError, match="made from other data"):
         sft(service, replace(config, resume=run))

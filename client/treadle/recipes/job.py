@@ -24,6 +24,8 @@ from treadle.types import AdamParams
 FINAL: Final = "final"
 BEST: Final = "best-"
 LAST: Final = "last"
+_BY_CONTENT: Final = ("data", "eval_data")
+"""Settings that name files: a plan has the digest of what was in them."""
 _STEP: Final = "step-"
 Plan = dict[str, Any]  # Any: JSON.
 
@@ -235,6 +237,8 @@ def _is_finished(service: ServiceClient, run: str) -> bool:
 
 
 def _check_same(run: RunInfo, recipe: str, wanted: Mapping[str, Any]) -> None:
+    """Raises ConflictError unless the settings are the run's; where its data lies does not count, but what it is."""
+    wanted = {key: value for key, value in wanted.items() if key not in _BY_CONTENT}
     differences = _differences(run, recipe, wanted)
     if differences:
         raise ConflictError(f"{run.name} cannot be resumed with other settings: {'; '.join(differences)}")
