@@ -28,7 +28,7 @@ SERVER_OPTIONS: Final = (
 
 # Peers are few and near. One that was started again must be found at once: until the pause between two attempts to
 # connect is over, every call to it fails, and its runs stand still.
-_PEER_OPTIONS: Final = (
+PEER_OPTIONS: Final = (
     *((name, value) for name, value in CHANNEL_OPTIONS if name != "grpc.max_reconnect_backoff_ms"),
     ("grpc.max_reconnect_backoff_ms", 200),
 )
@@ -37,8 +37,8 @@ _PEER_OPTIONS: Final = (
 def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
     """Returns a new channel to `address`, plaintext without `tls`; connects on first use and again after a loss."""
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=_PEER_OPTIONS)
-    options = (*_PEER_OPTIONS, ("grpc.ssl_target_name_override", tls.server_name))
+        return grpc.aio.insecure_channel(address, options=PEER_OPTIONS)
+    options = (*PEER_OPTIONS, ("grpc.ssl_target_name_override", tls.server_name))
     return grpc.aio.secure_channel(address, tls.credentials(), options=options)
 
 
