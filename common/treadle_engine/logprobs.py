@@ -11,7 +11,7 @@ the logits are in memory. This module does not know losses: it asks a callback f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,13 @@ class _Piece:
 def run_head(base: BaseModel, x_TD: Tensor, chunks: Sequence[HeadChunk], g_TD: Tensor | None) -> None:
     """Hand every chunk its log-probs; where it answers with a derivative, fill g_TD and the unembedding's gradients."""
     tile_rows = max(ROW_MULTIPLE, min(_MAX_TILE_ROWS, _TILE_VALUES // base.info.vocab_size))
+    summed = [] if g_TD is None else [chunk.segment for chunk in chunks]
+    for segment in summed:
+        segment.open_share(base.unembedding.site)
     for tile in _tiles(chunks, tile_rows):
         _run_tile(base, x_TD, tile, g_TD)
+    for segment in summed:
+        segment.close_share(base.unembedding.site)
 
 
 def _tiles(chunks: Sequence[HeadChunk], tile_rows: int) -> Iterator[list[_Piece]]:
@@ -122,7 +127,7 @@ def _padded(x_ND: Tensor) -> Tensor:
 def _segments(tile: Sequence[_Piece], sizes: Sequence[int]) -> list[Segment]:
     segments, start = [], 0
     for piece, size in zip(tile, sizes, strict=True):
-        segments.append(Segment(start, start + size, piece.chunk.segment.weights, piece.chunk.segment.grads))
+        segments.append(replace(piece.chunk.segment, start=start, stop=start + size))
         start += size
     return segments
 

@@ -259,12 +259,19 @@ def tensor_name(site: LoraSite, letter: str) -> str:
 
 @dataclass
 class Segment:
-    """Rows [start, stop) of the stream that belong to one adapter; `grads` (flat float32) receives its gradient."""
+    """Rows [start, stop) of the stream that belong to one adapter; `grads` (flat float32) receives its gradient.
+
+    What the rows add to `grads` is summed by itself, from zero, and then added once: so it has the same bits wherever
+    it was computed. Only where `grads` is `fresh`, zero so far, it is summed in place: the bits are the same.
+    """
 
     start: int
     stop: int
     weights: AdapterWeights | None
     grads: Tensor | None = None
+    fresh: bool = True
+    share: Block | None = None
+    """At a site that the rows come to in several parts: where these are summed until `close_share`."""
 
     def pair(self, site: int) -> Pair | None:
         """Return (A, B) in the products' dtype at a site, None where this segment is the plain base."""
@@ -281,6 +288,17 @@ class Segment:
         if self.grads is None or self.weights is None:
             return None
         return self.weights.views_of(self.grads).block(first, count)
+
+    def open_share(self, site: int) -> None:
+        """Have what comes for a site in several parts summed by itself; nothing to do where `grads` is fresh."""
+        total = None if self.fresh else self.gradient_block(site, 1)
+        self.share = None if total is None else total.zeros()
+
+    def close_share(self, site: int) -> None:
+        """Add what has come since `open_share`."""
+        total, share, self.share = self.gradient_block(site, 1), self.share, None
+        if total is not None and share is not None:
+            total.add(share)
 
 
 class SegmentedLinear(nn.Linear):
@@ -378,7 +396,11 @@ class SegmentedLinear(nn.Linear):
             if g_MI is not None:
                 add_to_input_gradient(block, g_SN, g_MI[rows], scale)
             if total is not None:
-                add_gradients(total, g_SN, low_SN, x_MI[rows].to(dtype), own, scale)
+                in_place = total if segment.fresh else segment.share
+                share = total.zeros() if in_place is None else in_place
+                add_gradients(share, g_SN, low_SN, x_MI[rows].to(dtype), own, scale)
+                if in_place is None:
+                    total.add(share)
         return g_MI
 
 

@@ -35,6 +35,16 @@ class Block(NamedTuple):
     a_SI: Tensor
     bt_ROs: tuple[Tensor, ...]
 
+    def zeros(self) -> Block:
+        """Return zeros of the same shapes."""
+        return Block(torch.zeros_like(self.a_SI), tuple(torch.zeros_like(bt_RO) for bt_RO in self.bt_ROs))
+
+    def add(self, other: Block) -> None:
+        """Add `other` in place."""
+        self.a_SI.add_(other.a_SI)
+        for bt_RO, more_RO in zip(self.bt_ROs, other.bt_ROs, strict=True):
+            bt_RO.add_(more_RO)
+
 
 def add_lora(block: Block, x_NI: Tensor, ys: Sequence[Tensor], scale: float) -> Tensor:
     """Add scale * B A x to each y_NO in place; return low_SN = A x^T."""

@@ -30,11 +30,20 @@ class Gradients:
     def __init__(self, states: Sequence[TrainState]) -> None:
         """Remember each run's gradient, and note that it is about to get more."""
         self._before: list[tuple[TrainState, Tensor | None]] = []
+        self._fresh: set[int] = set()
         unique = {id(state): state for state in states}
         copies = [state.grads.clone() if state.has_gradient else None for state in unique.values()]
         for state, copy in zip(unique.values(), copies, strict=True):
             self._before.append((state, copy))
+            if not state.has_gradient:
+                self._fresh.add(id(state))
             state.has_gradient = True
+
+    def begin(self, state: TrainState) -> bool:
+        """Tell whether nothing has been added to a run's gradient yet; from now on something has."""
+        fresh = id(state) in self._fresh
+        self._fresh.discard(id(state))
+        return fresh
 
     def undo(self) -> None:
         """Put all of them back."""

@@ -126,7 +126,7 @@ class TrainingEngine:
         gradients: Gradients | None = None
         try:
             gradients = Gradients([work.chunk.state for work in works]) if with_grad else None
-            self._run_group(works, with_grad)
+            self._run_group(works, gradients)
             return
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -145,14 +145,14 @@ class TrainingEngine:
         for half in (works[:middle], works[middle:]):
             self._run_stream(half, with_grad)
 
-    def _run_group(self, works: Sequence[_Work], with_grad: bool) -> None:
-        device = self.base.device
+    def _run_group(self, works: Sequence[_Work], gradients: Gradients | None) -> None:
+        device, with_grad = self.base.device, gradients is not None
         tokens = np.concatenate([work.chunk.batch.tokens_T for work in works])
         positions = np.concatenate([work.chunk.batch.positions_T() for work in works])
         lengths = np.concatenate([work.chunk.batch.lengths_R for work in works]).tolist()
         segments, start = [], 0
         for work in works:
-            segments.append(work.place(start))
+            segments.append(work.place(start, gradients is None or gradients.begin(work.chunk.state)))
             start = work.segment.stop
         with torch.set_grad_enabled(with_grad):
             x_TD = self.base.hidden(
@@ -205,11 +205,14 @@ class _Work:
         self._stream_N = self._rows_N
         self.segment = Segment(0, 0, chunk.state.weights)
 
-    def place(self, start: int) -> Segment:
-        """Give the chunk its rows in the stream; what an earlier attempt found does not count."""
+    def place(self, start: int, fresh: bool) -> Segment:
+        """Give the chunk its rows in the stream; what an earlier attempt found does not count.
+
+        `fresh`: no chunk before it has added to its run's gradient.
+        """
         self.error = None
         grads = None if self.chunk.forward_only else self.chunk.state.grads
-        self.segment = Segment(start, start + self.chunk.batch.num_tokens, self.chunk.state.weights, grads)
+        self.segment = Segment(start, start + self.chunk.batch.num_tokens, self.chunk.state.weights, grads, fresh)
         self._stream_N = (self._rows_N + start).to(self._targets_NK.device)
         return self.segment
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.engine.builders import make_batch, make_state
 from treadle_engine.base_model import BaseModel
 from treadle_engine.determinism import rows_are_invariant
+from treadle_engine.lora import AdapterWeights
 from treadle_engine.losses import LossSpec
 from treadle_engine.optim import AdamParams, TrainState, optim_step
 from treadle_engine.passes import Chunk, ChunkResult, TrainingEngine
@@ -121,6 +123,64 @@ def test_splitting_over_passes_changes_no_bit(pip: BaseModel) -> None:
     two = [engine.run_pass([Chunk(apart, piece, LossSpec("cross_entropy"))])[0] for piece in pieces]
     assert_same(one, two)
     assert torch.equal(together.grads, apart.grads)
+
+
+def computed_apart(
+    engine: TrainingEngine, state: TrainState, pieces: list[Chunk]
+) -> tuple[list[ChunkResult], list[Tensor]]:
+    """Compute chunks as another trainer would: with the run's weights as they came over the wire, each into zeros."""
+    weights = AdapterWeights(engine.base, state.weights.config, state.weights.flat.clone())
+    apart = [TrainState(weights, torch.zeros_like(state.grads), torch.empty(0), torch.empty(0)) for _ in pieces]
+    results = engine.run_pass(
+        [Chunk(own, piece.batch, piece.loss, piece.forward_only) for own, piece in zip(apart, pieces, strict=True)]
+    )
+    return results, [own.grads for own in apart]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "gspo"])
+def test_chunks_computed_elsewhere_add_the_same_bits(base: BaseModel, loss: str) -> None:
+    """On every base, a gradient whose chunks came from several places is that of one place, over two steps."""
+    home, other = TrainingEngine(base), TrainingEngine(base)
+    together, apart = make_state(base, rank=5), make_state(base, rank=5)
+    for step in range(2):
+        batches = [make_batch([n, 30, 3], 10 * step + n, base.info.vocab_size, loss) for n in (300, 2, 60, 17)]
+        results = [home.run_pass([Chunk(together, batch, LossSpec(loss))])[0] for batch in batches]
+        lent, gradients = computed_apart(other, apart, [Chunk(apart, batch, LossSpec(loss)) for batch in batches[1:3]])
+        mixed = home.run_pass([Chunk(apart, batches[0], LossSpec(loss))])
+        for gradient in gradients:
+            apart.grads.add_(gradient)
+        mixed += [*lent, *home.run_pass([Chunk(apart, batches[3], LossSpec(loss))])]
+        assert_same(results, mixed)
+        assert torch.equal(together.grads.view(torch.int32), apart.grads.view(torch.int32))
+        for state in (together, apart):
+            optim_step(state, AdamParams(learning_rate=1e-2, grad_clip_norm=1.0))
+    assert together.digest() == apart.digest()
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_split_over_two_engines_gives_the_same_bits(pip: BaseModel, data: st.DataObject) -> None:
+    """Whichever chunks of a batch go elsewhere, in whichever passes, outputs and gradient are those of one engine."""
+    lengths = data.draw(st.lists(st.integers(1, 700), min_size=2, max_size=8))
+    batch = make_batch(lengths, 5, 1024)
+    home, other = TrainingEngine(pip), TrainingEngine(pip)
+    spec = LossSpec("cross_entropy")
+    pieces = home.split(batch)
+    together, mixed = make_state(pip, rank=3), make_state(pip, rank=3)
+    expected = home.run_pass([Chunk(together, piece, spec) for piece in pieces])
+    elsewhere = [index for index in range(len(pieces)) if data.draw(st.booleans())]
+    results, gradients = computed_apart(other, mixed, [Chunk(mixed, pieces[index], spec) for index in elsewhere])
+    found = dict(zip(elsewhere, zip(results, gradients, strict=True), strict=True))
+    outputs = []
+    for index, piece in enumerate(pieces):
+        if index in found:
+            outputs.append(found[index][0])
+            mixed.grads.add_(found[index][1])
+            mixed.has_gradient = True
+        else:
+            outputs += home.run_pass([Chunk(mixed, piece, spec)])
+    assert_same(expected, outputs)
+    assert torch.equal(together.grads.view(torch.int32), mixed.grads.view(torch.int32))
 
 
 def test_forward_gives_the_logprobs_of_forward_backward(pip: BaseModel) -> None:
