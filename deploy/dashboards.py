@@ -149,6 +149,30 @@ TRAINING = (
         "Offered to a trainer with less to do: moved, refused, unanswered, or failed after it was accepted.",
     ),
     Panel(
+        "Chunks of large batches, lent and taken in",
+        (
+            (_rate("treadle_trainer_lent_chunks_total", "outcome"), "lent: {{outcome}}"),
+            (_rate("treadle_trainer_guest_chunks_total", "outcome"), "taken in: {{outcome}}"),
+        ),
+        "short",
+        "One user's batch over several trainers; what was lent and not computed was computed at home.",
+    ),
+    Panel(
+        "Batches that others help with",
+        (
+            ("sum by (pod) (treadle_trainer_helped_batches)", "{{pod}}"),
+            ("sum by (pod) (treadle_trainer_guests)", "helped here {{pod}}"),
+            ("sum(treadle_trainer_unlike_trainers_total)", "trainers that compute otherwise"),
+        ),
+    ),
+    Panel(
+        "Bytes between trainers",
+        ((_rate("treadle_trainer_fan_out_bytes_total", "what"), "{{what}}"),),
+        "Bps",
+        "Weights once for each step and helper, chunks there, gradients back.",
+    ),
+    Panel("Time of adding gradients", ((_rate("treadle_trainer_add_seconds_total"), "{{pod}}"),), "percentunit"),
+    Panel(
         "Replayed and diverged",
         (
             (_rate("treadle_trainer_replayed_operations_total"), "replayed/s {{pod}}"),

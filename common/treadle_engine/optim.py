@@ -6,11 +6,13 @@ It needs no base model, so that a step can run beside other runs' passes. It doe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
 from treadle_engine.errors import EngineError
@@ -94,6 +96,18 @@ class AdamParams:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise EngineError("BAD_VALUE", f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+@torch.no_grad()
+def add_gradients(state: TrainState, shares: Sequence[NDArray[np.float32]]) -> None:
+    """Add what chunks gave that were computed apart, in order: the bits are those of computing them here."""
+    flat = state.grads
+    size = _BLOCK if flat.device.type == "cpu" else max(1, flat.numel())
+    state.has_gradient = True
+    for start in range(0, flat.numel(), size):
+        total = flat[start : start + size]
+        for share in shares:
+            total.add_(torch.from_numpy(share[start : start + size]).to(flat.device))
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from treadle_engine.base_model import BaseModel
 from treadle_engine.batch import IGNORE, TokenBatch
 from treadle_engine.errors import EngineError
 from treadle_engine.logprobs import Derivative, HeadChunk, run_head
-from treadle_engine.lora import Segment
+from treadle_engine.lora import AdapterWeights, Segment
 from treadle_engine.losses import LossSpec, evaluate
 from treadle_engine.memory import Gradients, is_out_of_memory
 from treadle_engine.optim import TrainState
@@ -58,6 +58,8 @@ class ChunkResult:
     loss_sum: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     error: EngineError | None = None
+    gradient: NDArray[np.float32] | None = None
+    """Of a chunk that was computed apart: what it adds to its run's gradient, flat."""
 
 
 class TrainingEngine:
@@ -90,6 +92,12 @@ class TrainingEngine:
             used += length
         pieces.append(batch.rows(start, batch.num_rows))
         return pieces
+
+    @staticmethod
+    def apart(weights: AdapterWeights) -> TrainState:
+        """Return a state for one chunk whose gradient is not to be added to its run's yet; it cannot be stepped."""
+        nothing = torch.empty(0)
+        return TrainState(weights, torch.zeros_like(weights.flat), nothing, nothing)
 
     def run_pass(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
         """Compute all chunks, each as if it were alone, and add their gradients in the order given.

@@ -50,9 +50,19 @@ HAND_OVERS: Final[dict[str, str]] = {
 }
 """Places between two processes."""
 
+LENDING: Final[dict[str, str]] = {
+    "trainer.lend": "a chunk is about to go to a trainer that helps",
+    "trainer.lent": "another trainer's chunk has been computed, nothing of it is sent",
+    "trainer.lent_piece": "a piece of the gradient of another trainer's chunk has been sent",
+    "trainer.add_lent": "gradients that were computed apart are about to be added",
+    "trainer.added_lent": "they have been added, their operation has not ended",
+}
+"""Places between two trainers, which only a large batch comes to."""
+
 FAILPOINTS: Final[tuple[str, ...]] = (
     *(f"{name}.{side}" for name in WRITES for side in ("before", "after")),
     *HAND_OVERS,
+    *LENDING,
 )
 
 _PLAN: Final = re.compile(

@@ -17,6 +17,9 @@ _METRIC = re.compile(r"\btreadle_[a-z0-9_]+")
 # Served only once something of the kind has happened.
 RARE = {
     "treadle_quota_refusals_total",
+    "treadle_trainer_fan_out_bytes_total",
+    "treadle_trainer_guest_chunks_total",
+    "treadle_trainer_lent_chunks_total",
     "treadle_trainer_moves_total",
     "treadle_trainer_runs_left_total",
     "treadle_trainer_snapshots_total",

@@ -17,7 +17,7 @@ from treadle_engine.base_model import BaseModel
 from treadle_engine.determinism import rows_are_invariant
 from treadle_engine.lora import AdapterWeights
 from treadle_engine.losses import LossSpec
-from treadle_engine.optim import AdamParams, TrainState, optim_step
+from treadle_engine.optim import AdamParams, TrainState, add_gradients, optim_step
 from treadle_engine.passes import Chunk, ChunkResult, TrainingEngine
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce")
@@ -130,7 +130,7 @@ def computed_apart(
 ) -> tuple[list[ChunkResult], list[Tensor]]:
     """Compute chunks as another trainer would: with the run's weights as they came over the wire, each into zeros."""
     weights = AdapterWeights(engine.base, state.weights.config, state.weights.flat.clone())
-    apart = [TrainState(weights, torch.zeros_like(state.grads), torch.empty(0), torch.empty(0)) for _ in pieces]
+    apart = [engine.apart(weights) for _ in pieces]
     results = engine.run_pass(
         [Chunk(own, piece.batch, piece.loss, piece.forward_only) for own, piece in zip(apart, pieces, strict=True)]
     )
@@ -147,8 +147,7 @@ def test_chunks_computed_elsewhere_add_the_same_bits(base: BaseModel, loss: str)
         results = [home.run_pass([Chunk(together, batch, LossSpec(loss))])[0] for batch in batches]
         lent, gradients = computed_apart(other, apart, [Chunk(apart, batch, LossSpec(loss)) for batch in batches[1:3]])
         mixed = home.run_pass([Chunk(apart, batches[0], LossSpec(loss))])
-        for gradient in gradients:
-            apart.grads.add_(gradient)
+        add_gradients(apart, [gradient.numpy() for gradient in gradients])
         mixed += [*lent, *home.run_pass([Chunk(apart, batches[3], LossSpec(loss))])]
         assert_same(results, mixed)
         assert torch.equal(together.grads.view(torch.int32), apart.grads.view(torch.int32))
@@ -175,8 +174,7 @@ def test_any_split_over_two_engines_gives_the_same_bits(pip: BaseModel, data: st
     for index, piece in enumerate(pieces):
         if index in found:
             outputs.append(found[index][0])
-            mixed.grads.add_(found[index][1])
-            mixed.has_gradient = True
+            add_gradients(mixed, [found[index][1].numpy()])
         else:
             outputs += home.run_pass([Chunk(mixed, piece, spec)])
     assert_same(expected, outputs)

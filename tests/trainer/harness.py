@@ -149,7 +149,7 @@ class Stream:
 
     async def read(self) -> training_pb2.StreamOperationsResponse:
         """Reads one frame, or raises what ended the stream."""
-        frame = await asyncio.wait_for(self.call.read(), 30)
+        frame = await asyncio.wait_for(self.call.read(), 90)
         if frame is grpc.aio.EOF:
             raise grpc.aio.AioRpcError(
                 await self.call.code(),

@@ -24,6 +24,13 @@ MOVES: Final = Counter("treadle_trainer_moves_total", "Runs offered to a trainer
 LEFT: Final = Counter("treadle_trainer_runs_left_total", "Runs that went elsewhere", ["reason"])
 REPLAYED: Final = Counter("treadle_trainer_replayed_operations_total", "Operations computed again after a hand-over")
 DIVERGED: Final = Counter("treadle_trainer_divergences_total", "Replays that gave other bits than the journal has")
+LENT_CHUNKS: Final = Counter("treadle_trainer_lent_chunks_total", "Chunks of large batches lent out", ["outcome"])
+GUEST_CHUNKS: Final = Counter("treadle_trainer_guest_chunks_total", "Other trainers' chunks taken in", ["outcome"])
+FAN_OUT_BYTES: Final = Counter("treadle_trainer_fan_out_bytes_total", "Bytes between trainers, at home", ["what"])
+ADD_SECONDS: Final = Counter("treadle_trainer_add_seconds_total", "Time in which gradients computed apart were added")
+UNLIKE_TRAINERS: Final = Counter(
+    "treadle_trainer_unlike_trainers_total", "Trainers found to compute other bits, which cannot help with batches"
+)
 
 
 def operation_ended(kind: str, reason: str, queued_seconds: float, seconds: float) -> None:

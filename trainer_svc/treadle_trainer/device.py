@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
+import xxhash
+from numpy.typing import NDArray
 
 from treadle_engine.base_model import BaseInfo, BaseModel
 from treadle_engine.batch import TokenBatch
@@ -20,7 +23,18 @@ from treadle_engine.determinism import settle
 from treadle_engine.errors import EngineError
 from treadle_engine.lora import AdapterLayout, AdapterWeights, LoraConfig
 from treadle_engine.losses import LossSpec
-from treadle_engine.optim import AdamParams, ParkedState, TrainState, optim_step, park, restore, state_tensors, unpark
+from treadle_engine.numerics import numerics
+from treadle_engine.optim import (
+    AdamParams,
+    ParkedState,
+    TrainState,
+    add_gradients,
+    optim_step,
+    park,
+    restore,
+    state_tensors,
+    unpark,
+)
 from treadle_engine.passes import Chunk, ChunkResult, TrainingEngine
 from treadle_engine.peft_format import (
     CONFIG_FILE,
@@ -49,6 +63,8 @@ class PassChunk:
     batch: TokenBatch
     loss: LossSpec
     forward_only: bool
+    apart: bool = False
+    """The gradient goes into the result, not to what the run has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +97,7 @@ class Device:
         self._engine = TrainingEngine(base, budget.max_tokens)
         self._states: dict[str, TrainState] = {}
         self._parked: dict[str, ParkedState] = {}
+        self._guests: dict[str, AdapterWeights] = {}
         self._spare = SpareGradients()
 
     @property
@@ -148,10 +165,48 @@ class Device:
         self._parked.pop(run, None)
 
     def run_pass(self, chunks: Sequence[PassChunk]) -> list[ChunkResult]:
-        """Runs one pass; each chunk's failure is in its own result."""
-        return self._engine.run_pass(
-            [Chunk(self._states[chunk.run], chunk.batch, chunk.loss, chunk.forward_only) for chunk in chunks]
+        """Runs one pass; each chunk's failure is in its own result, and so is its gradient if it is wanted apart."""
+        states = [self.apart(chunk.run) if chunk.apart else self._states[chunk.run] for chunk in chunks]
+        results = self._engine.run_pass(
+            [
+                Chunk(state, chunk.batch, chunk.loss, chunk.forward_only)
+                for state, chunk in zip(states, chunks, strict=True)
+            ]
         )
+        for state, chunk, result in zip(states, chunks, results, strict=True):
+            if chunk.apart and not chunk.forward_only and result.error is None:
+                result.gradient = state.grads.cpu().numpy()
+        return results
+
+    def numerics(self) -> str:
+        """Returns what the bits of passes depend on; runs one, so on their thread."""
+        return numerics(self._base)
+
+    def copy_weights(self, run: str) -> tuple[bytes, bytes]:
+        """Returns a run's weights, flat float32, and their xxh3-128."""
+        data = self._states[run].weights.flat.detach().cpu().numpy().tobytes()
+        return data, xxhash.xxh3_128_digest(data)
+
+    def welcome(self, guest: str, config: LoraConfig, data: bytearray, digest: bytes) -> None:
+        """Takes the weights of a run that another trainer holds; CHECKSUM_MISMATCH if they were damaged."""
+        if xxhash.xxh3_128_digest(data) != digest:
+            raise EngineError("CHECKSUM_MISMATCH", f"the weights for {guest} are not what was sent")
+        # Copied into a buffer of its own: kernels may choose by alignment.
+        flat = torch.frombuffer(data, dtype=torch.float32).to(self._base.device, copy=True)
+        self._guests[guest] = AdapterWeights(self._base, config, flat)
+
+    def dismiss(self, guest: str) -> None:
+        """Forgets another trainer's run."""
+        self._guests.pop(guest, None)
+
+    def add_gradients(self, run: str, gradients: Sequence[NDArray[np.float32]]) -> None:
+        """Adds what chunks gave that were computed apart, in this order."""
+        add_gradients(self._states[run], gradients)
+
+    def apart(self, run: str) -> TrainState:
+        """Returns a state for one chunk of a run that is held here or elsewhere, with a gradient of zeros."""
+        guest = self._guests.get(run)
+        return self._engine.apart(self._states[run].weights if guest is None else guest)
 
     def optim_step(self, run: str, params: AdamParams) -> Stepped:
         """Applies and clears the run's gradient; NAN_GRADIENT drops it and changes nothing else."""

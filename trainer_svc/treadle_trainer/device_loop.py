@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from treadle.errors import TreadleError
 from treadle.v1 import training_pb2
+from treadle_engine.batch import TokenBatch
+from treadle_engine.passes import ChunkResult
 from treadle_service import failpoints
 from treadle_service.logs import get_logger
 from treadle_trainer import operations
@@ -40,18 +42,108 @@ log = get_logger(__name__)
 Result = training_pb2.OperationResult
 
 
+class PassPart(Protocol):
+    """What the scheduler puts into a pass: a chunk, of a run that is held here or of another trainer's."""
+
+    @property
+    def run(self) -> str:
+        """The run."""
+        ...
+
+    @property
+    def seq(self) -> int:
+        """The operation."""
+        ...
+
+    def as_chunk(self) -> PassChunk:
+        """Returns the chunk as the device takes it."""
+        ...
+
+    def begin(self, now: float) -> None:
+        """Notes that the pass begins."""
+        ...
+
+    def end(self, result: ChunkResult | None, fault: TreadleError | None, seconds: float) -> None:
+        """Takes what the pass gave, None where it failed as a whole, and the chunk's share of its time."""
+        ...
+
+
+class Borrower(Protocol):
+    """Who takes chunks that are computed apart: their gradients are not in the run's yet."""
+
+    def begun(self, op: RunOp, work: PassWork, index: int) -> None:
+        """Notes that a chunk is in a pass."""
+
+    def ended(
+        self, op: RunOp, work: PassWork, index: int, result: ChunkResult | None, fault: TreadleError | None
+    ) -> None:
+        """Takes what the pass gave."""
+
+
 @dataclass(frozen=True, slots=True)
 class PickedChunk:
-    """A chunk of an operation, as the scheduler hands it back."""
+    """A chunk of an operation of a run that is held here; computed apart if there is a borrower."""
 
     resident: Resident
     op: RunOp
     work: PassWork
     index: int
+    borrower: Borrower | None = None
+
+    @property
+    def run(self) -> str:
+        """The run."""
+        return self.resident.name
+
+    @property
+    def seq(self) -> int:
+        """The operation."""
+        return self.op.seq
+
+    @property
+    def batch(self) -> TokenBatch:
+        """The chunk's content."""
+        return self.work.chunks[self.index]
 
     def as_chunk(self) -> PassChunk:
         """Returns the chunk as the device takes it."""
-        return PassChunk(self.resident.name, self.work.chunks[self.index], self.work.loss, self.work.forward_only)
+        return PassChunk(self.run, self.batch, self.work.loss, self.work.forward_only, self.borrower is not None)
+
+    def begin(self, now: float) -> None:
+        """Starts the operation with its first chunk."""
+        if self.op.started_at is None:
+            self.op.started_at = now
+        if self.borrower is not None:
+            self.borrower.begun(self.op, self.work, self.index)
+
+    def end(self, result: ChunkResult | None, fault: TreadleError | None, seconds: float) -> None:
+        """Notes the result where it belongs; ends no operation."""
+        self.op.work.device_seconds += seconds
+        if self.borrower is not None:
+            self.borrower.ended(self.op, self.work, self.index, result, fault)
+        elif result is not None:
+            self.work.results.append(result)
+
+
+class Lender(Protocol):
+    """Who has chunks of large batches computed elsewhere."""
+
+    def local(self, resident: Resident, picks: list[PickedChunk]) -> list[PickedChunk]:
+        """Returns which of a run's waiting chunks the next pass may take, and how."""
+
+    def feed(self) -> None:
+        """Lends what may be lent."""
+
+
+class NoLender:
+    """Computes everything here."""
+
+    def local(self, resident: Resident, picks: list[PickedChunk]) -> list[PickedChunk]:
+        """Returns all of them."""
+        return picks
+
+    def feed(self) -> None:
+        """Does nothing."""
 
 
 class DeviceLoop:
@@ -63,7 +155,7 @@ class DeviceLoop:
         """`on_step` hears of each optimizer step right after it, before anything else happens to the run."""
         self._executor, self._trace, self._on_step = executor, trace, on_step
         self._budget, self._pace = budget, Pace()
-        self._scheduler: FairScheduler[PickedChunk] = FairScheduler(budget.max_tokens)
+        self._scheduler: FairScheduler[PassPart] = FairScheduler(budget.max_tokens)
         self._residents: dict[str, Resident] = {}
         self._pass: asyncio.Task[None] | None = None
         self._pass_seconds = 0.0
@@ -76,6 +168,11 @@ class DeviceLoop:
         self.starters: dict[str, Callable[[Resident, RunOp], None]] = {OPTIM_STEP: self._start_optim_step}
         # What is to be done for a run that has work but whose state is not on the device.
         self.bring_in: Callable[[Resident], None] = lambda resident: None
+        self.lender: Lender = NoLender()
+        # Other trainers' chunks that wait here.
+        self.guests: Callable[[], list[RunQueue[PassPart]]] = list
+        self.own_waiting_tokens = 0
+        """Positions of the runs held here that waited when a pass was last filled."""
 
     @property
     def pace(self) -> float:
@@ -127,6 +224,7 @@ class DeviceLoop:
                 resident.order.expire(time.monotonic())
                 if not resident.draining:
                     self._settle(resident)
+            self.lender.feed()
             if self._pass is not None:
                 continue
             queues = self._queues()
@@ -221,62 +319,65 @@ class DeviceLoop:
 
         self.spawn(step())
 
-    def _queues(self) -> list[RunQueue[PickedChunk]]:
-        return [
-            RunQueue(run.name, run.facts.tenant, chunks)
-            for run in self._working()
-            if run.place is Place.DEVICE and (chunks := list(self._waiting_chunks(run)))
-        ]
+    def _queues(self) -> list[RunQueue[PassPart]]:
+        queues: list[RunQueue[PassPart]] = []
+        for run in self._working():
+            if run.place is Place.DEVICE:
+                picks = self.lender.local(run, list(self._waiting_chunks(run)))
+                chunks = [self._as_waiting(pick) for pick in picks]
+                if chunks:
+                    queues.append(RunQueue(run.name, run.facts.tenant, chunks))
+        self.own_waiting_tokens = sum(waiting.num_tokens for queue in queues for waiting in queue.chunks)
+        return queues + self.guests()
 
-    def _waiting_chunks(self, resident: Resident) -> Iterable[Waiting[PickedChunk]]:
+    def _as_waiting(self, pick: PickedChunk) -> Waiting[PassPart]:
+        return Waiting(pick.batch.num_tokens, pick, self._budget.seconds(pick.batch.lengths_R))
+
+    def _waiting_chunks(self, resident: Resident) -> Iterable[PickedChunk]:
         """Yields the chunks of a run that may go into the next pass, in order."""
         for op in resident.order.runnable_batch():
             prepared = op.work.prepared
             # A run that leaves finishes what it has begun, and begins nothing.
             if prepared is None or (resident.draining and op.started_at is None):
                 return
-            for index in range(len(prepared.results), len(prepared.chunks)):
-                chunk = prepared.chunks[index]
-                seconds = self._budget.seconds(chunk.lengths_R)
-                yield Waiting(chunk.num_tokens, PickedChunk(resident, op, prepared, index), seconds)
+            for index in prepared.waiting:
+                yield PickedChunk(resident, op, prepared, index)
 
-    def _begin_pass(self, picked: list[PickedChunk]) -> None:
+    def _begin_pass(self, picked: list[PassPart]) -> None:
         began = time.monotonic()
-        for pick in picked:
-            if pick.op.started_at is None:
-                pick.op.started_at = began
+        for part in picked:
+            part.begin(began)
         self._patient_until = None
         # Steps that start while the pass runs are counted as they come.
         self._steps_beside = len(self._stepping)
         self._pass = asyncio.create_task(self._run_pass(picked, began))
         self._pass.add_done_callback(lambda _: self.wake())
 
-    async def _run_pass(self, picked: list[PickedChunk], began: float) -> None:
+    async def _run_pass(self, picked: list[PassPart], began: float) -> None:
         started = time.time()
-        chunks = [pick.as_chunk() for pick in picked]
+        chunks = [part.as_chunk() for part in picked]
+        results: Sequence[ChunkResult | None]
         fault: TreadleError | None = None
         try:
             with self._trace.working():
                 results = await self._executor.call(Device.run_pass, chunks)
         except TreadleError as error:
-            fault, results = error, []
+            fault, results = error, [None] * len(chunks)
         took = self._pass_seconds = time.monotonic() - began
         failpoints.reach("trainer.pass")
         usual = self._budget.fixed_seconds + sum(self._budget.seconds(chunk.batch.lengths_R) for chunk in chunks)
         pairs = zip(picked, chunks, strict=True)
-        shares = [(pick.resident.name, pick.op.seq, chunk.batch.num_tokens) for pick, chunk in pairs]
+        shares = [(part.run, part.seq, chunk.batch.num_tokens) for part, chunk in pairs]
         self._trace.add(started, took, shares, self._steps_beside, usual * self._pace.factor)
         self._pace.learn(usual, took)
         num_tokens = sum(share[2] for share in shares)
-        for pick, share in zip(picked, shares, strict=True):
-            pick.op.work.device_seconds += took * share[2] / max(num_tokens, 1)
-        for pick, result in zip(picked, results, strict=fault is None):
-            pick.work.results.append(result)
+        for part, share, result in zip(picked, shares, results, strict=True):
+            part.end(result, fault, took * share[2] / max(num_tokens, 1))
         seen: set[tuple[str, int]] = set()
-        for pick in picked:
-            if (key := (pick.resident.name, pick.op.seq)) not in seen:
+        for part in picked:
+            if isinstance(part, PickedChunk) and part.borrower is None and (key := (part.run, part.seq)) not in seen:
                 seen.add(key)
-                self._conclude_batched(pick, took, fault)
+                self._conclude_batched(part, took, fault)
 
     def _conclude_batched(self, pick: PickedChunk, took: float, fault: TreadleError | None) -> None:
         """Ends a forward or forward_backward whose last chunk, or a failing one, was in the pass."""

@@ -43,6 +43,8 @@ def readings(trainer: Trainer) -> tuple[Reading, ...]:
         Reading("treadle_trainer_state_bytes", "Memory of the states of runs", lambda: _bytes(trainer)),
         Reading("treadle_trainer_lease_seconds", "Time until the first lease ends", lambda: _lease(trainer)),
         Reading("treadle_trainer_pace", "How much longer passes take than their measured cost", lambda: trainer.pace),
+        Reading("treadle_trainer_helped_batches", "Batches that others help with", lambda: trainer.fan_out[0]),
+        Reading("treadle_trainer_guests", "Runs of others that are helped here", lambda: trainer.fan_out[1]),
         Reading("treadle_trainer_passes", "Passes over the base", lambda: trace.num_passes, "counter"),
         Reading("treadle_trainer_shared_passes", "Passes of several runs", lambda: trace.num_shared_passes, "counter"),
         Reading("treadle_trainer_tokens", "Positions trained", lambda: trace.num_tokens, "counter"),

@@ -12,7 +12,7 @@ import grpc
 
 from treadle.errors import from_rpc_error
 from treadle.internal.v1 import trainer_pb2, trainer_pb2_grpc
-from treadle_service.channels import internal_metadata, open_channel
+from treadle_service.channels import Metadata, internal_metadata, open_channel
 from treadle_service.tls import ClientTls
 from treadle_trainer.balance import Move
 
@@ -24,7 +24,9 @@ class Neighbors:
     """Channels to other trainers, one each, opened on first use. Errors arrive as TreadleError."""
 
     def __init__(self, token: str, tls: ClientTls | None) -> None:
-        self._metadata, self._tls = internal_metadata(token), tls
+        self.metadata: Metadata = internal_metadata(token)
+        """What every call to a trainer carries."""
+        self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def offer(self, move: Move, base: str) -> bool:
@@ -32,13 +34,13 @@ class Neighbors:
         request = trainer_pb2.OfferRunRequest(
             run=move.run.run, base=base, demand=move.run.demand, load=move.load, state_bytes=move.run.num_bytes
         )
-        stub = self._stub(move.peer.address)
+        stub = self.stub(move.peer.address)
         response: trainer_pb2.OfferRunResponse = await self._unary(stub.OfferRun, request, _OFFER_SECONDS)
         return response.accepted
 
     async def take(self, address: str, run: str) -> None:
         """Has the trainer at an address claim and load a run that is free."""
-        await self._unary(self._stub(address).TakeRun, trainer_pb2.TakeRunRequest(run=run), _TAKE_SECONDS)
+        await self._unary(self.stub(address).TakeRun, trainer_pb2.TakeRunRequest(run=run), _TAKE_SECONDS)
 
     async def retain(self, addresses: frozenset[str]) -> None:
         """Closes the channels to trainers that are not there any more."""
@@ -49,7 +51,8 @@ class Neighbors:
         """Closes all channels."""
         await self.retain(frozenset())
 
-    def _stub(self, address: str) -> trainer_pb2_grpc.TrainerServiceAsyncStub:
+    def stub(self, address: str) -> trainer_pb2_grpc.TrainerServiceAsyncStub:
+        """Returns a way to call the trainer at an address."""
         channel = self._channels.get(address)
         if channel is None:
             channel = self._channels[address] = open_channel(address, self._tls)
@@ -58,6 +61,6 @@ class Neighbors:
     # The stubs' multicallables are generic in both messages; one caller serves them all.
     async def _unary(self, method: Callable[..., Any], request: Any, seconds: float) -> Any:
         try:
-            return await method(request, metadata=self._metadata, timeout=seconds)
+            return await method(request, metadata=self.metadata, timeout=seconds)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error

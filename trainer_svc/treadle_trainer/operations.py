@@ -6,7 +6,7 @@ Pure: no I/O, no torch calls; batches are numpy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -43,6 +43,13 @@ class PassWork:
     forward_only: bool
     as_list: bool
     results: list[ChunkResult] = field(default_factory=list)
+    """Of the first chunks: those whose gradient is in the run's."""
+    arrived: dict[int, ChunkResult] = field(default_factory=dict)
+    """Of chunks that were computed apart and are not added yet, by index."""
+    taken: set[int] = field(default_factory=set)
+    """Chunks that are being computed apart, here or elsewhere."""
+    kept: set[int] = field(default_factory=set)
+    """Chunks that are computed here, since they could not be elsewhere."""
     ran_seconds: float = 0.0
 
     @property
@@ -54,6 +61,34 @@ class PassWork:
     def complete(self) -> bool:
         """Whether all chunks have their result."""
         return len(self.results) == len(self.chunks)
+
+    @property
+    def waiting(self) -> Iterator[int]:
+        """Chunks that nobody computes yet, in order."""
+        rest = range(len(self.results), len(self.chunks))
+        return (index for index in rest if index not in self.taken and index not in self.arrived)
+
+    def deliver(self, index: int, result: ChunkResult) -> bool:
+        """Takes what a chunk computed apart gave; returns whether it had not come before."""
+        self.taken.discard(index)
+        if index < len(self.results) or index in self.arrived:
+            return False
+        self.arrived[index] = result
+        return True
+
+    def next_arrived(self) -> list[ChunkResult]:
+        """Returns the results that follow those that are in the run's gradient, without a gap."""
+        ready: list[ChunkResult] = []
+        while (result := self.arrived.get(len(self.results) + len(ready))) is not None:
+            ready.append(result)
+        return ready
+
+    def add(self, added: Sequence[ChunkResult]) -> None:
+        """Notes that the next results' gradients have been added; they are not kept."""
+        for result in added:
+            del self.arrived[len(self.results)]
+            result.gradient = None
+            self.results.append(result)
 
 
 def kind_of(operation: training_pb2.Operation) -> str:

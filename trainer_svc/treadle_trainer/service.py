@@ -177,6 +177,14 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         passes = self._slot.trainer.trace.last(request.limit or 100, request.after.ToNanoseconds())
         return trainer_pb2.ListPassesResponse(passes=passes)
 
+    async def ComputeChunks(
+        self, request_iterator: AsyncIterator[trainer_pb2.ComputeChunksRequest], context: Context
+    ) -> AsyncIterator[trainer_pb2.ComputeChunksResponse]:
+        """Computes chunks of another trainer's run."""
+        _require_internal()
+        async for response in self._slot.trainer.compute_chunks(request_iterator):
+            yield response
+
     async def EvictRun(self, request: trainer_pb2.EvictRunRequest, context: Context) -> trainer_pb2.EvictRunResponse:
         """Hands a run over."""
         _require_internal()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
@@ -57,6 +58,17 @@ class TrainerSettings(WorkerSettings):
         60.0, ge=0, description="how long a run stays at least where it came before it may be moved by load"
     )
     idle_seconds: float = Field(900.0, gt=0, description="a run without stream and work for so long is handed back")
+
+    fan_out: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: chunks of a large batch are computed by other trainers of the base too, and theirs here",
+    )
+    fan_out_chunks: int = Field(
+        4, ge=2, description="how many chunks of a run must wait, at least two passes' time, for others to help"
+    )
+    fan_out_bytes: int = Field(
+        2**29, ge=0, description="memory for gradients of chunks that others help with, and as much for their weights"
+    )
 
     @field_validator("max_tokens_per_pass")
     @classmethod

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from treadle import names
 from treadle.errors import LimitError, TreadleError, make_error
-from treadle.internal.v1 import journal_pb2, workers_pb2
+from treadle.internal.v1 import journal_pb2, trainer_pb2, workers_pb2
 from treadle.v1 import admin_pb2, types_pb2
 from treadle_service import failpoints
 from treadle_service.budgets import TenantBudgets
@@ -27,6 +27,8 @@ from treadle_trainer.adapters import Adapters
 from treadle_trainer.device import Device
 from treadle_trainer.device_loop import DeviceLoop
 from treadle_trainer.executor import Executor
+from treadle_trainer.fan_out import FanOut
+from treadle_trainer.guests import Guests
 from treadle_trainer.journal_client import JournalClient
 from treadle_trainer.journal_writer import JournalWriter, Written
 from treadle_trainer.neighbors import Neighbors
@@ -70,6 +72,11 @@ class Trainer:
         )
         self.registration = Registration(store, worker, self.info, settings.lease_seconds / 3, self._describe_load)
         self._loop = DeviceLoop(executor, self.trace, self.budget, self._stepped)
+        neighbors = Neighbors(settings.internal_token.get_secret_value(), settings.client_tls)
+        self._guests = Guests(executor, self._loop, device, settings.fan_out_bytes)
+        self._fan_out = FanOut(
+            settings, executor, store, neighbors, self._loop, self.budget, self.info.name, self._guests.numerics
+        )
         self._budgets = TenantBudgets("training")
         self._writer = JournalWriter(store, self._written, self._refused, self._budgets.learn)
         self.snapshots = Snapshots(executor, store, settings.snapshot_every_steps)
@@ -83,8 +90,7 @@ class Trainer:
             settings.max_resident_bytes,
         )
         self._state_bytes = device.num_bytes
-        token = settings.internal_token.get_secret_value()
-        self.rebalancer = Rebalancer(self, Neighbors(token, settings.client_tls))
+        self.rebalancer = Rebalancer(self, neighbors)
         adapters = Adapters(executor, self._loop, store, self.snapshots)
         self._recovery = Recovery(
             executor,
@@ -118,6 +124,7 @@ class Trainer:
             self._tidy,
             self.registration.run_forever,
             self.rebalancer.run_forever,
+            self._fan_out.run_forever,
         )
         tasks = [asyncio.create_task(_watched(work, on_crash)) for work in works]
         try:
@@ -160,6 +167,19 @@ class Trainer:
         """Returns the live trainers of this one's base, itself too."""
         return await self._store.scan_workers(admin_pb2.WORKER_KIND_TRAINER, self.info.name)
 
+    def compute_chunks(
+        self, requests: AsyncIterator[trainer_pb2.ComputeChunksRequest]
+    ) -> AsyncIterator[trainer_pb2.ComputeChunksResponse]:
+        """Computes chunks of a run that another trainer holds; UNAVAILABLE where that is not wanted."""
+        if self.settings.fan_out == "off":
+            raise make_error("UNAVAILABLE", "this trainer computes no chunks of other trainers' runs: fan_out is off")
+        return self._guests.serve(requests)
+
+    @property
+    def fan_out(self) -> tuple[int, int]:
+        """Batches that others help with, and runs of others that are helped here."""
+        return self._fan_out.num_batches, self._guests.num_guests
+
     async def evict(
         self, name: str, error: TreadleError | None = None, then: Callable[[], Awaitable[None]] | None = None
     ) -> None:
@@ -184,7 +204,7 @@ class Trainer:
         A few at a time: a run stands still for its own hand-over, and works on during those of the others. After
         HAND_OVER_SECONDS those that are left give up what is not written yet, all at once.
         """
-        self.draining = True
+        self.draining = self._guests.draining = True
         self._leave_by = time.monotonic() + HAND_OVER_SECONDS
         error = make_error("DRAINING", "the trainer is about to stop; connect again and go on", 0.0)
         # Off the list first: who is told to connect again must not be sent here.

@@ -25,39 +25,71 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from treadle.v1 import admin_pb2 as treadle_dot_v1_dot_admin__pb2
+from treadle.v1 import training_pb2 as treadle_dot_v1_dot_training__pb2
+from treadle.v1 import types_pb2 as treadle_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/trainer.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16treadle/v1/admin.proto\"\x19\n\x17GetTrainerStatusRequest\"\xbc\x02\n\x18GetTrainerStatusResponse\x12\x15\n\rresident_runs\x18\x01 \x03(\t\x12\x19\n\x11queued_operations\x18\x02 \x01(\r\x12\x12\n\nnum_passes\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\'\n\x04\x62usy\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11num_shared_passes\x18\x06 \x01(\x04\x12\x1b\n\x13max_tokens_per_pass\x18\x07 \x01(\r\x12\'\n\tpass_cost\x18\x08 \x01(\x0b\x32\x14.treadle.v1.PassCost\x12\x0c\n\x04pace\x18\t \x01(\x01\x12.\n\x0btarget_pass\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"M\n\x11ListPassesRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12)\n\x05\x61\x66ter\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\tPassShare\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seqs\x18\x03 \x03(\x04\"\xd3\x01\n\x04Pass\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x04took\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x06shares\x18\x03 \x03(\x0b\x32\x1e.treadle.internal.v1.PassShare\x12\x18\n\x10num_steps_beside\x18\x04 \x01(\r\x12+\n\x08\x65xpected\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x12ListPassesResponse\x12)\n\x06passes\x18\x01 \x03(\x0b\x32\x19.treadle.internal.v1.Pass\"\x1e\n\x0f\x45victRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x12\n\x10\x45victRunResponse\"_\n\x0fOfferRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65mand\x18\x03 \x01(\x01\x12\x0c\n\x04load\x18\x04 \x01(\x01\x12\x13\n\x0bstate_bytes\x18\x05 \x01(\x04\"$\n\x10OfferRunResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"\x1d\n\x0eTakeRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x11\n\x0fTakeRunResponse2\xe8\x03\n\x0eTrainerService\x12o\n\x10GetTrainerStatus\x12,.treadle.internal.v1.GetTrainerStatusRequest\x1a-.treadle.internal.v1.GetTrainerStatusResponse\x12]\n\nListPasses\x12&.treadle.internal.v1.ListPassesRequest\x1a\'.treadle.internal.v1.ListPassesResponse\x12W\n\x08\x45victRun\x12$.treadle.internal.v1.EvictRunRequest\x1a%.treadle.internal.v1.EvictRunResponse\x12W\n\x08OfferRun\x12$.treadle.internal.v1.OfferRunRequest\x1a%.treadle.internal.v1.OfferRunResponse\x12T\n\x07TakeRun\x12#.treadle.internal.v1.TakeRunRequest\x1a$.treadle.internal.v1.TakeRunResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!treadle/internal/v1/trainer.proto\x12\x13treadle.internal.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16treadle/v1/admin.proto\x1a\x19treadle/v1/training.proto\x1a\x16treadle/v1/types.proto\"\x19\n\x17GetTrainerStatusRequest\"\xbc\x02\n\x18GetTrainerStatusResponse\x12\x15\n\rresident_runs\x18\x01 \x03(\t\x12\x19\n\x11queued_operations\x18\x02 \x01(\r\x12\x12\n\nnum_passes\x18\x03 \x01(\x04\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\'\n\x04\x62usy\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11num_shared_passes\x18\x06 \x01(\x04\x12\x1b\n\x13max_tokens_per_pass\x18\x07 \x01(\r\x12\'\n\tpass_cost\x18\x08 \x01(\x0b\x32\x14.treadle.v1.PassCost\x12\x0c\n\x04pace\x18\t \x01(\x01\x12.\n\x0btarget_pass\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"M\n\x11ListPassesRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12)\n\x05\x61\x66ter\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\tPassShare\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seqs\x18\x03 \x03(\x04\"\xd3\x01\n\x04Pass\x12+\n\x07started\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x04took\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x06shares\x18\x03 \x03(\x0b\x32\x1e.treadle.internal.v1.PassShare\x12\x18\n\x10num_steps_beside\x18\x04 \x01(\r\x12+\n\x08\x65xpected\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x12ListPassesResponse\x12)\n\x06passes\x18\x01 \x03(\x0b\x32\x19.treadle.internal.v1.Pass\"\x1e\n\x0f\x45victRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x12\n\x10\x45victRunResponse\"_\n\x0fOfferRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65mand\x18\x03 \x01(\x01\x12\x0c\n\x04load\x18\x04 \x01(\x01\x12\x13\n\x0bstate_bytes\x18\x05 \x01(\x04\"$\n\x10OfferRunResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"\x1d\n\x0eTakeRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x11\n\x0fTakeRunResponse\"\x9c\x02\n\x14\x43omputeChunksRequest\x12/\n\x05hello\x18\x01 \x01(\x0b\x32\x1e.treadle.internal.v1.LendHelloH\x00\x12\x33\n\x07weights\x18\x02 \x01(\x0b\x32 .treadle.internal.v1.LendWeightsH\x00\x12\x30\n\x05piece\x18\x03 \x01(\x0b\x32\x1f.treadle.internal.v1.FloatPieceH\x00\x12/\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x1e.treadle.internal.v1.LentChunkH\x00\x12\x32\n\ttake_back\x18\x05 \x01(\x0b\x32\x1d.treadle.internal.v1.TakeBackH\x00\x42\x07\n\x05\x66rame\"[\n\tLendHello\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\t\x12$\n\x04lora\x18\x04 \x01(\x0b\x32\x16.treadle.v1.LoraConfig\"0\n\x0bLendWeights\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"*\n\nFloatPiece\x12\x0e\n\x06\x63rc32c\x18\x01 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x94\x02\n\tLentChunk\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x0f\n\x07lengths\x18\x03 \x01(\x0c\x12\x0e\n\x06tokens\x18\x04 \x01(\x0c\x12\x0f\n\x07targets\x18\x05 \x01(\x0c\x12\x13\n\x0bnum_targets\x18\x06 \x01(\r\x12<\n\x07\x63olumns\x18\x07 \x03(\x0b\x32+.treadle.internal.v1.LentChunk.ColumnsEntry\x12#\n\x07loss_fn\x18\x08 \x01(\x0b\x32\x12.treadle.v1.LossFn\x12\x14\n\x0c\x66orward_only\x18\t \x01(\x08\x1a.\n\x0c\x43olumnsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x16\n\x08TakeBack\x12\n\n\x02id\x18\x01 \x01(\x04\"\xa7\x02\n\x15\x43omputeChunksResponse\x12\x33\n\x07welcome\x18\x01 \x01(\x0b\x32 .treadle.internal.v1.LendWelcomeH\x00\x12\x30\n\x05\x62\x65gun\x18\x02 \x01(\x0b\x32\x1f.treadle.internal.v1.ChunkBegunH\x00\x12\x34\n\x07refused\x18\x03 \x01(\x0b\x32!.treadle.internal.v1.ChunkRefusedH\x00\x12\x36\n\x08\x63omputed\x18\x04 \x01(\x0b\x32\".treadle.internal.v1.ChunkComputedH\x00\x12\x30\n\x05piece\x18\x05 \x01(\x0b\x32\x1f.treadle.internal.v1.FloatPieceH\x00\x42\x07\n\x05\x66rame\"\x1f\n\x0bLendWelcome\x12\x10\n\x08numerics\x18\x01 \x01(\t\"\x18\n\nChunkBegun\x12\n\n\x02id\x18\x01 \x01(\x04\"*\n\x0c\x43hunkRefused\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xf4\x01\n\rChunkComputed\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x10\n\x08logprobs\x18\x02 \x01(\x0c\x12\x10\n\x08loss_sum\x18\x03 \x01(\x01\x12@\n\x07metrics\x18\x04 \x03(\x0b\x32/.treadle.internal.v1.ChunkComputed.MetricsEntry\x12\x16\n\x0egradient_bytes\x18\x05 \x01(\x04\x12)\n\x06\x64\x65vice\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xd4\x04\n\x0eTrainerService\x12o\n\x10GetTrainerStatus\x12,.treadle.internal.v1.GetTrainerStatusRequest\x1a-.treadle.internal.v1.GetTrainerStatusResponse\x12]\n\nListPasses\x12&.treadle.internal.v1.ListPassesRequest\x1a\'.treadle.internal.v1.ListPassesResponse\x12W\n\x08\x45victRun\x12$.treadle.internal.v1.EvictRunRequest\x1a%.treadle.internal.v1.EvictRunResponse\x12W\n\x08OfferRun\x12$.treadle.internal.v1.OfferRunRequest\x1a%.treadle.internal.v1.OfferRunResponse\x12T\n\x07TakeRun\x12#.treadle.internal.v1.TakeRunRequest\x1a$.treadle.internal.v1.TakeRunResponse\x12j\n\rComputeChunks\x12).treadle.internal.v1.ComputeChunksRequest\x1a*.treadle.internal.v1.ComputeChunksResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'treadle.internal.v1.trainer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETTRAINERSTATUSREQUEST']._serialized_start=147
-  _globals['_GETTRAINERSTATUSREQUEST']._serialized_end=172
-  _globals['_GETTRAINERSTATUSRESPONSE']._serialized_start=175
-  _globals['_GETTRAINERSTATUSRESPONSE']._serialized_end=491
-  _globals['_LISTPASSESREQUEST']._serialized_start=493
-  _globals['_LISTPASSESREQUEST']._serialized_end=570
-  _globals['_PASSSHARE']._serialized_start=572
-  _globals['_PASSSHARE']._serialized_end=630
-  _globals['_PASS']._serialized_start=633
-  _globals['_PASS']._serialized_end=844
-  _globals['_LISTPASSESRESPONSE']._serialized_start=846
-  _globals['_LISTPASSESRESPONSE']._serialized_end=909
-  _globals['_EVICTRUNREQUEST']._serialized_start=911
-  _globals['_EVICTRUNREQUEST']._serialized_end=941
-  _globals['_EVICTRUNRESPONSE']._serialized_start=943
-  _globals['_EVICTRUNRESPONSE']._serialized_end=961
-  _globals['_OFFERRUNREQUEST']._serialized_start=963
-  _globals['_OFFERRUNREQUEST']._serialized_end=1058
-  _globals['_OFFERRUNRESPONSE']._serialized_start=1060
-  _globals['_OFFERRUNRESPONSE']._serialized_end=1096
-  _globals['_TAKERUNREQUEST']._serialized_start=1098
-  _globals['_TAKERUNREQUEST']._serialized_end=1127
-  _globals['_TAKERUNRESPONSE']._serialized_start=1129
-  _globals['_TAKERUNRESPONSE']._serialized_end=1146
-  _globals['_TRAINERSERVICE']._serialized_start=1149
-  _globals['_TRAINERSERVICE']._serialized_end=1637
+  _globals['_LENTCHUNK_COLUMNSENTRY']._loaded_options = None
+  _globals['_LENTCHUNK_COLUMNSENTRY']._serialized_options = b'8\001'
+  _globals['_CHUNKCOMPUTED_METRICSENTRY']._loaded_options = None
+  _globals['_CHUNKCOMPUTED_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_GETTRAINERSTATUSREQUEST']._serialized_start=198
+  _globals['_GETTRAINERSTATUSREQUEST']._serialized_end=223
+  _globals['_GETTRAINERSTATUSRESPONSE']._serialized_start=226
+  _globals['_GETTRAINERSTATUSRESPONSE']._serialized_end=542
+  _globals['_LISTPASSESREQUEST']._serialized_start=544
+  _globals['_LISTPASSESREQUEST']._serialized_end=621
+  _globals['_PASSSHARE']._serialized_start=623
+  _globals['_PASSSHARE']._serialized_end=681
+  _globals['_PASS']._serialized_start=684
+  _globals['_PASS']._serialized_end=895
+  _globals['_LISTPASSESRESPONSE']._serialized_start=897
+  _globals['_LISTPASSESRESPONSE']._serialized_end=960
+  _globals['_EVICTRUNREQUEST']._serialized_start=962
+  _globals['_EVICTRUNREQUEST']._serialized_end=992
+  _globals['_EVICTRUNRESPONSE']._serialized_start=994
+  _globals['_EVICTRUNRESPONSE']._serialized_end=1012
+  _globals['_OFFERRUNREQUEST']._serialized_start=1014
+  _globals['_OFFERRUNREQUEST']._serialized_end=1109
+  _globals['_OFFERRUNRESPONSE']._serialized_start=1111
+  _globals['_OFFERRUNRESPONSE']._serialized_end=1147
+  _globals['_TAKERUNREQUEST']._serialized_start=1149
+  _globals['_TAKERUNREQUEST']._serialized_end=1178
+  _globals['_TAKERUNRESPONSE']._serialized_start=1180
+  _globals['_TAKERUNRESPONSE']._serialized_end=1197
+  _globals['_COMPUTECHUNKSREQUEST']._serialized_start=1200
+  _globals['_COMPUTECHUNKSREQUEST']._serialized_end=1484
+  _globals['_LENDHELLO']._serialized_start=1486
+  _globals['_LENDHELLO']._serialized_end=1577
+  _globals['_LENDWEIGHTS']._serialized_start=1579
+  _globals['_LENDWEIGHTS']._serialized_end=1627
+  _globals['_FLOATPIECE']._serialized_start=1629
+  _globals['_FLOATPIECE']._serialized_end=1671
+  _globals['_LENTCHUNK']._serialized_start=1674
+  _globals['_LENTCHUNK']._serialized_end=1950
+  _globals['_LENTCHUNK_COLUMNSENTRY']._serialized_start=1904
+  _globals['_LENTCHUNK_COLUMNSENTRY']._serialized_end=1950
+  _globals['_TAKEBACK']._serialized_start=1952
+  _globals['_TAKEBACK']._serialized_end=1974
+  _globals['_COMPUTECHUNKSRESPONSE']._serialized_start=1977
+  _globals['_COMPUTECHUNKSRESPONSE']._serialized_end=2272
+  _globals['_LENDWELCOME']._serialized_start=2274
+  _globals['_LENDWELCOME']._serialized_end=2305
+  _globals['_CHUNKBEGUN']._serialized_start=2307
+  _globals['_CHUNKBEGUN']._serialized_end=2331
+  _globals['_CHUNKREFUSED']._serialized_start=2333
+  _globals['_CHUNKREFUSED']._serialized_end=2375
+  _globals['_CHUNKCOMPUTED']._serialized_start=2378
+  _globals['_CHUNKCOMPUTED']._serialized_end=2622
+  _globals['_CHUNKCOMPUTED_METRICSENTRY']._serialized_start=2576
+  _globals['_CHUNKCOMPUTED_METRICSENTRY']._serialized_end=2622
+  _globals['_TRAINERSERVICE']._serialized_start=2625
+  _globals['_TRAINERSERVICE']._serialized_end=3221
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,8 @@ import datetime
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from treadle.v1 import admin_pb2 as _admin_pb2
+from treadle.v1 import training_pb2 as _training_pb2
+from treadle.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -116,3 +118,137 @@ class TakeRunRequest(_message.Message):
 class TakeRunResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ComputeChunksRequest(_message.Message):
+    __slots__ = ("hello", "weights", "piece", "chunk", "take_back")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    TAKE_BACK_FIELD_NUMBER: _ClassVar[int]
+    hello: LendHello
+    weights: LendWeights
+    piece: FloatPiece
+    chunk: LentChunk
+    take_back: TakeBack
+    def __init__(self, hello: _Optional[_Union[LendHello, _Mapping]] = ..., weights: _Optional[_Union[LendWeights, _Mapping]] = ..., piece: _Optional[_Union[FloatPiece, _Mapping]] = ..., chunk: _Optional[_Union[LentChunk, _Mapping]] = ..., take_back: _Optional[_Union[TakeBack, _Mapping]] = ...) -> None: ...
+
+class LendHello(_message.Message):
+    __slots__ = ("run", "epoch", "base", "lora")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    epoch: int
+    base: str
+    lora: _types_pb2.LoraConfig
+    def __init__(self, run: _Optional[str] = ..., epoch: _Optional[int] = ..., base: _Optional[str] = ..., lora: _Optional[_Union[_types_pb2.LoraConfig, _Mapping]] = ...) -> None: ...
+
+class LendWeights(_message.Message):
+    __slots__ = ("num_bytes", "digest")
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    num_bytes: int
+    digest: bytes
+    def __init__(self, num_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class FloatPiece(_message.Message):
+    __slots__ = ("crc32c", "data")
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    crc32c: int
+    data: bytes
+    def __init__(self, crc32c: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class LentChunk(_message.Message):
+    __slots__ = ("id", "seq", "lengths", "tokens", "targets", "num_targets", "columns", "loss_fn", "forward_only")
+    class ColumnsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TARGETS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FN_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_ONLY_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    seq: int
+    lengths: bytes
+    tokens: bytes
+    targets: bytes
+    num_targets: int
+    columns: _containers.ScalarMap[str, bytes]
+    loss_fn: _training_pb2.LossFn
+    forward_only: bool
+    def __init__(self, id: _Optional[int] = ..., seq: _Optional[int] = ..., lengths: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., targets: _Optional[bytes] = ..., num_targets: _Optional[int] = ..., columns: _Optional[_Mapping[str, bytes]] = ..., loss_fn: _Optional[_Union[_training_pb2.LossFn, _Mapping]] = ..., forward_only: bool = ...) -> None: ...
+
+class TakeBack(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    def __init__(self, id: _Optional[int] = ...) -> None: ...
+
+class ComputeChunksResponse(_message.Message):
+    __slots__ = ("welcome", "begun", "refused", "computed", "piece")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    welcome: LendWelcome
+    begun: ChunkBegun
+    refused: ChunkRefused
+    computed: ChunkComputed
+    piece: FloatPiece
+    def __init__(self, welcome: _Optional[_Union[LendWelcome, _Mapping]] = ..., begun: _Optional[_Union[ChunkBegun, _Mapping]] = ..., refused: _Optional[_Union[ChunkRefused, _Mapping]] = ..., computed: _Optional[_Union[ChunkComputed, _Mapping]] = ..., piece: _Optional[_Union[FloatPiece, _Mapping]] = ...) -> None: ...
+
+class LendWelcome(_message.Message):
+    __slots__ = ("numerics",)
+    NUMERICS_FIELD_NUMBER: _ClassVar[int]
+    numerics: str
+    def __init__(self, numerics: _Optional[str] = ...) -> None: ...
+
+class ChunkBegun(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    def __init__(self, id: _Optional[int] = ...) -> None: ...
+
+class ChunkRefused(_message.Message):
+    __slots__ = ("id", "reason")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    reason: str
+    def __init__(self, id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ChunkComputed(_message.Message):
+    __slots__ = ("id", "logprobs", "loss_sum", "metrics", "gradient_bytes", "device")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    logprobs: bytes
+    loss_sum: float
+    metrics: _containers.ScalarMap[str, float]
+    gradient_bytes: int
+    device: _duration_pb2.Duration
+    def __init__(self, id: _Optional[int] = ..., logprobs: _Optional[bytes] = ..., loss_sum: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., gradient_bytes: _Optional[int] = ..., device: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...

@@ -60,6 +60,11 @@ class TrainerServiceStub(object):
                 request_serializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunRequest.SerializeToString,
                 response_deserializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunResponse.FromString,
                 _registered_method=True)
+        self.ComputeChunks = channel.stream_stream(
+                '/treadle.internal.v1.TrainerService/ComputeChunks',
+                request_serializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.ComputeChunksRequest.SerializeToString,
+                response_deserializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.ComputeChunksResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerServiceServicer(object):
@@ -102,6 +107,14 @@ class TrainerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ComputeChunks(self, request_iterator, context):
+        """Computes chunks of a run that another trainer, the caller, holds. Hello first, then the weights, then chunks; each
+        is answered with its outputs and its gradient. Ends with the stream; nothing of it is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +142,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.TakeRun,
                     request_deserializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunRequest.FromString,
                     response_serializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunResponse.SerializeToString,
+            ),
+            'ComputeChunks': grpc.stream_stream_rpc_method_handler(
+                    servicer.ComputeChunks,
+                    request_deserializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.ComputeChunksRequest.FromString,
+                    response_serializer=treadle_dot_internal_dot_v1_dot_trainer__pb2.ComputeChunksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +285,33 @@ class TrainerService(object):
             '/treadle.internal.v1.TrainerService/TakeRun',
             treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunRequest.SerializeToString,
             treadle_dot_internal_dot_v1_dot_trainer__pb2.TakeRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ComputeChunks(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/treadle.internal.v1.TrainerService/ComputeChunks',
+            treadle_dot_internal_dot_v1_dot_trainer__pb2.ComputeChunksRequest.SerializeToString,
+            treadle_dot_internal_dot_v1_dot_trainer__pb2.ComputeChunksResponse.FromString,
             options,
             channel_credentials,
             insecure,

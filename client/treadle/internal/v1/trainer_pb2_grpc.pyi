@@ -45,6 +45,10 @@ class TrainerServiceStub:
     """
     TakeRun: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.TakeRunRequest, _trainer_pb2.TakeRunResponse]
     """Claims and loads a run whose lease its last trainer has just given back. Errors: as for the first operation of a run."""
+    ComputeChunks: _grpc.StreamStreamMultiCallable[_trainer_pb2.ComputeChunksRequest, _trainer_pb2.ComputeChunksResponse]
+    """Computes chunks of a run that another trainer, the caller, holds. Hello first, then the weights, then chunks; each
+    is answered with its outputs and its gradient. Ends with the stream; nothing of it is kept.
+    """
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
@@ -63,6 +67,10 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """
     TakeRun: _aio.UnaryUnaryMultiCallable[_trainer_pb2.TakeRunRequest, _trainer_pb2.TakeRunResponse]  # type: ignore[assignment]
     """Claims and loads a run whose lease its last trainer has just given back. Errors: as for the first operation of a run."""
+    ComputeChunks: _aio.StreamStreamMultiCallable[_trainer_pb2.ComputeChunksRequest, _trainer_pb2.ComputeChunksResponse]  # type: ignore[assignment]
+    """Computes chunks of a run that another trainer, the caller, holds. Hello first, then the weights, then chunks; each
+    is answered with its outputs and its gradient. Ends with the stream; nothing of it is kept.
+    """
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks into a trainer and moves runs away from it."""
@@ -108,5 +116,15 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.TakeRunResponse, _abc.Awaitable[_trainer_pb2.TakeRunResponse]]:
         """Claims and loads a run whose lease its last trainer has just given back. Errors: as for the first operation of a run."""
+
+    @_abc_1.abstractmethod
+    def ComputeChunks(
+        self,
+        request_iterator: _MaybeAsyncIterator[_trainer_pb2.ComputeChunksRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_trainer_pb2.ComputeChunksResponse], _abc.AsyncIterator[_trainer_pb2.ComputeChunksResponse]]:
+        """Computes chunks of a run that another trainer, the caller, holds. Hello first, then the weights, then chunks; each
+        is answered with its outputs and its gradient. Ends with the stream; nothing of it is kept.
+        """
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
