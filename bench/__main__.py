@@ -18,6 +18,7 @@ NAMES = (
     "dashboard",
     "effort",
     "fairness",
+    "fanout",
     "foundation",
     "http",
     "lora",
