@@ -152,9 +152,9 @@ class Walker:
 
 
 def holder_of(cluster: Cluster, run_name: str) -> str:
-    """Returns the name of the trainer that has a run's lease."""
+    """Returns the name of the trainer that has a run's lease; empty while it is free."""
     with grpc.insecure_channel(cluster.addresses["store"]) as channel:
         request = journal_pb2.LookupRunRequest(run=run_name)
         journal = journal_pb2_grpc.JournalServiceStub(channel)
         address = journal.LookupRun(request, metadata=internal_metadata(cluster.token), timeout=10).lease.address
-    return next(name for name in ("trainer", "trainer-1") if cluster.addresses[name] == address)
+    return next((name for name in ("trainer", "trainer-1") if cluster.addresses[name] == address), "")
