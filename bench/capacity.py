@@ -20,7 +20,7 @@ from bench.simulation import simulate
 from tests.support.cluster import Cluster
 from treadle import AdamParams, ServiceClient
 from treadle.capacity import Speed, Steady, Usage, steady_state
-from treadle_service import rendezvous
+from treadle_gateway.routing import WorkerView, place
 from treadle_trainer.scheduler import FairScheduler, RunQueue, Waiting
 
 NUM_RUNS = 64
@@ -75,11 +75,13 @@ def scheduler(passes: int = 20) -> list[Row]:
 
 
 def scale(num_tenants: int, num_trainers: int, seconds: float) -> list[Row]:
-    """Simulates many tenants, placed on trainers as gateways place them, and holds the formulas against it."""
+    """Simulates many tenants, placed on trainers as gateways place them, and holds the formulas against it.
+
+    They stay there: what moving runs brings is simulated by `python -m bench move`.
+    """
     usage = Usage(tokens_per_step=512, round_trip_seconds=ROUND_TRIP_SECONDS, own_seconds=0.2)
-    trainers = [f"trainer-{number}" for number in range(num_trainers)]
-    numbers = {name: number for number, name in enumerate(trainers)}
-    places = [numbers[rendezvous.rank(f"run-{tenant}", trainers)[0]] for tenant in range(num_tenants)]
+    working = BIG.pass_seconds(usage.tokens_per_step) + usage.step_seconds
+    places = _places(num_tenants, num_trainers, working / (working + usage.away_seconds))
     begin = time.process_time()
     seen = simulate(BIG, usage, places, seconds, num_trainers)
     took = time.process_time() - begin
@@ -157,6 +159,17 @@ def memory(cluster: Cluster) -> list[Row]:
         # What a gradient took stays with the allocator for the next one.
         figure(f"{name}: idle, in host memory", f"{(parked - before) / NUM_RUNS / 2**20:.2f} MiB"),
     ]
+
+
+def _places(num_tenants: int, num_trainers: int, demand: float) -> list[int]:
+    """Returns the trainer of each tenant's run; gateways hear of the loads once every hundred runs."""
+    loads, places = [0.0] * num_trainers, list[int]()
+    for tenant in range(num_tenants):
+        if tenant % 100 == 0:
+            trainers = [WorkerView(str(n), "trainer", "base", "", load=load) for n, load in enumerate(loads)]
+        places.append(int(place(f"run-{tenant}", trainers).worker))
+        loads[places[-1]] += demand
+    return places
 
 
 def _speed(cluster: Cluster) -> Speed:

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     """Rages and returns the report."""
     folder = options.folder or Path(tempfile.mkdtemp(prefix="treadle-storm-"))
     faults: Counter[str] = Counter()
-    num_acknowledged = num_compared = 0
+    num_acknowledged = num_compared = num_moved = 0
     wrong: list[str] = []
     stuck: list[str] = []
     began = time.monotonic()
@@ -43,11 +43,12 @@ def run(options: argparse.Namespace) -> list[Row]:
             report = endure(place, options.seed + num_kills, kills)
         except (AssertionError, TreadleError) as error:
             # The next spell has a cluster of its own.
-            report = Report(Counter(), 0, 0, [f"{place.name} did not end: {error}"], [])
+            report = Report(Counter(), 0, 0, [f"{place.name} did not end: {error}"], 0, [])
         num_kills += kills
         faults += report.faults
         num_acknowledged += report.num_acknowledged
         num_compared += report.num_compared
+        num_moved += report.num_moved
         wrong += report.differences
         stuck += report.stuck
         if not report.differences and not report.stuck:
@@ -60,6 +61,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         {"figure": "processes killed", "value": f"{faults['kill']} ({kinds})"},
         {"figure": "frozen, connections reset", "value": f"{faults['freeze']} times, {faults['cut']} times"},
         {"figure": "operations acknowledged meanwhile", "value": f"{num_acknowledged}"},
+        {"figure": "runs moved by load meanwhile", "value": f"{num_moved}"},
         {
             "figure": "tenants' steps and final weights that differ from an undisturbed life",
             "value": "; ".join(wrong) or f"0 of {num_compared}",

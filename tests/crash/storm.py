@@ -20,6 +20,9 @@ from treadle.v1 import training_pb2, training_pb2_grpc
 SETTINGS = {
     "TREADLE_TRAINER_LEASE_SECONDS": "1.5",
     "TREADLE_TRAINER_SNAPSHOT_EVERY_STEPS": "4",
+    # A trainer that came back is given runs while the next fault is on its way.
+    "TREADLE_TRAINER_REBALANCE_SECONDS": "0.3",
+    "TREADLE_TRAINER_REBALANCE_STAY_SECONDS": "0.5",
     "TREADLE_SAMPLER_HEARTBEAT_SECONDS": "0.5",
 }
 FREEZE_SECONDS = (0.1, 2.5)
@@ -77,6 +80,8 @@ class Report:
     """Losses, samples, step counts and names of weights that were compared with an undisturbed life's."""
     differences: list[str]
     """The first number of each tenant that is not the undisturbed one."""
+    num_moved: int
+    """Runs that trainers handed to one with less to do."""
     stuck: list[str]
     """Runs with operations that have no result, and runs that diverged."""
 
@@ -107,6 +112,9 @@ def endure(folder: Path, seed: int, kills: int) -> Report:
         wait_for_steps(users, 2)
         stormy = [user.finish() for user in users]
         num_acknowledged = sum(run.last_done_seq for user in users for run in runs_of(cluster, user))
+        num_moved = sum(
+            log.read_text(errors="replace").count("run_moved") for log in cluster.folder.glob("trainer*.log")
+        )
         calm = [user.undisturbed() for user in users]
         stuck = [message for user in users for message in stuck_runs(runs_of(cluster, user))]
     differences = [
@@ -114,7 +122,7 @@ def endure(folder: Path, seed: int, kills: int) -> Report:
         for user, seen, expected in zip(users, stormy, calm, strict=True)
         if (found := first_difference(seen, expected))
     ]
-    return Report(storm.done, num_acknowledged, sum(map(len, calm)), differences, stuck)
+    return Report(storm.done, num_acknowledged, sum(map(len, calm)), differences, num_moved, stuck)
 
 
 def first_difference(seen: Seen, expected: Seen) -> str:

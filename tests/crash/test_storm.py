@@ -15,3 +15,4 @@ def test_forty_random_kills_change_nothing(tmp_path: Path) -> None:
     assert report.differences == []
     assert report.stuck == []
     assert report.num_acknowledged > 200
+    assert report.num_moved > 0

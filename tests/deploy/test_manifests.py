@@ -190,7 +190,7 @@ def _allowed(overlay: str) -> set[tuple[str, str, int]]:
 
 @pytest.mark.parametrize("overlay", ["single-gpu", "production"])
 def test_only_the_drawn_arrows_may_be_called(overlay: str) -> None:
-    """Default deny; clients to gateways, gateways to workers and store, workers to the store, trainers to each other."""
+    """Default deny; clients to gateways, gateways to workers and store, workers to the store, trainers to trainers."""
     denied = [p for p in manifests(overlay, "NetworkPolicy") if p["metadata"]["name"] == "treadle-default-deny"]
     assert denied[0]["spec"] == {
         "podSelector": {"matchLabels": {"app.kubernetes.io/part-of": "treadle"}},

@@ -17,7 +17,7 @@ from treadle_service.tls import ClientTls
 from treadle_trainer.balance import Move
 
 _OFFER_SECONDS: Final = 2.0
-_TAKE_SECONDS: Final = 30.0
+_TAKE_SECONDS: Final = 10.0
 
 
 class Neighbors:
