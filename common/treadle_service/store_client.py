@@ -17,7 +17,8 @@ from typing import Any, Final, TypeVar
 import google_crc32c
 import grpc
 
-from treadle.errors import TreadleError, from_rpc_error, make_error
+from treadle.channel import failure_of
+from treadle.errors import TreadleError, make_error
 from treadle.internal.v1 import (
     blobs_pb2,
     blobs_pb2_grpc,
@@ -96,7 +97,7 @@ class StoreClient:
             async for event in call:
                 yield event
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise failure_of(error)[0] from error
         finally:
             call.cancel()
 
@@ -142,7 +143,7 @@ class StoreClient:
             try:
                 return await self._blobs.PutBlob(frames(), metadata=self._metadata, timeout=BLOB_SECONDS)
             except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from error
+                raise failure_of(error)[0] from error
 
         await self._retried(put)
         return sha256
@@ -218,7 +219,7 @@ class StoreClient:
         except ValueError as error:
             raise make_error("CHECKSUM_MISMATCH", f"a difference of blob {sha256} does not fit: {error}") from error
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise failure_of(error)[0] from error
         return bytes(data)
 
     # The stubs' multicallables are generic in both messages; one caller serves them all.
@@ -226,7 +227,7 @@ class StoreClient:
         try:
             return await method(request, metadata=self._metadata, timeout=CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise failure_of(error)[0] from error
 
     async def _retried(self, call: Callable[[], Awaitable[T]], tries: int = 8) -> T:
         """Asks again while the store is away; all calls that come here may be repeated."""

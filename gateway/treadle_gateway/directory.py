@@ -12,7 +12,8 @@ from typing import Final
 
 import grpc
 
-from treadle.errors import TreadleError, from_rpc_error, make_error
+from treadle.channel import failure_of
+from treadle.errors import TreadleError, make_error
 from treadle.internal.v1 import journal_pb2, journal_pb2_grpc, workers_pb2, workers_pb2_grpc
 from treadle.names import is_adapter, parse_adapter, parse_run
 from treadle.v1 import admin_pb2
@@ -199,7 +200,7 @@ class Directory:
 
 def store_error(error: grpc.aio.AioRpcError) -> TreadleError:
     """Returns the store's own error, or a retryable one when the store could not be reached."""
-    raised = from_rpc_error(error)
+    raised, _ = failure_of(error)
     if raised.reason == "UNAVAILABLE":
         return make_error("UNAVAILABLE", "the adapter store cannot be reached now; try again", 1.0)
     return raised

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import random
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -92,6 +94,38 @@ async def test_a_caller_with_another_content_than_it_says_is_told(tmp_path: Path
         address = await client.put_blob(CONTENT[::-1])
         with pytest.raises(TreadleError, match="CHECKSUM_MISMATCH"):
             await client.get_blob(address, KnownBlob(ADDRESS, CONTENT[:-1] + b"?"))
+
+
+# A process that ends while it has not answered a call, as a store that must go.
+ENDING = """
+import asyncio, grpc
+class Silent(grpc.GenericRpcHandler):
+    def service(self, call):
+        return grpc.unary_unary_rpc_method_handler(self.wait)
+    async def wait(self, request, context):
+        asked.set()
+        await asyncio.sleep(3600)
+async def main():
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Silent(),))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    await asked.wait()
+    await asyncio.sleep(0.3)
+asked = asyncio.Event()
+asyncio.run(main())
+"""
+
+
+async def test_a_store_that_ends_in_the_middle_of_a_call_is_away() -> None:
+    """Calls end with a bare CANCELLED then: that is no answer, and no operation may fail of it."""
+    with subprocess.Popen([sys.executable, "-c", ENDING], stdout=subprocess.PIPE, text=True) as store:
+        assert store.stdout is not None
+        client = StoreClient(f"127.0.0.1:{store.stdout.readline().strip()}", TOKEN)
+        with pytest.raises(TreadleError) as caught:
+            await client.lookup_adapter("tenants/a/runs/r/revisions/v", tries=1)
+        await client.close()
+    assert caught.value.reason == "UNAVAILABLE"
 
 
 @given(st.binary(max_size=70), st.integers(0, 2**32 - 1))

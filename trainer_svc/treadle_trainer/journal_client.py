@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from treadle.errors import from_rpc_error
+from treadle.channel import failure_of
 from treadle.internal.v1 import journal_pb2
 from treadle.v1 import adapters_pb2, training_pb2
 from treadle_service.store_client import BLOB_SECONDS, StoreClient
@@ -65,7 +65,7 @@ class JournalClient(StoreClient):
             async for frame in self._journal.RecoverRun(request, metadata=self._metadata, timeout=BLOB_SECONDS):
                 yield frame
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise failure_of(error)[0] from error
 
     async def record_adapter(
         self, run: str, epoch: int, seq: int, adapter: adapters_pb2.Adapter, *, overwrite: bool = False
