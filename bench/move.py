@@ -29,7 +29,7 @@ from treadle.v1 import admin_pb2
 from treadle_service.channels import internal_metadata
 
 SOON = {"TREADLE_TRAINER_REBALANCE_SECONDS": "0.5", "TREADLE_TRAINER_REBALANCE_STAY_SECONDS": "2"}
-BASES = (("pip", 4), ("smollm2", 16), ("smollm2", 64))
+BASES = (("pip", 4), ("pip", 128), ("pip", 256), ("smollm2", 16))
 """Base and rank of the runs that move."""
 NUM_TENANTS, WINDOW = 6, 4
 SPREAD_SECONDS = 90.0

@@ -54,7 +54,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 @pytest.mark.timeout(400)
 def test_workers_join_and_leave_under_load(cluster: Cluster) -> None:
-    """Three loops that queue ahead and one that samples from itself, while all the work goes to workers that were new.
+    """Three loops that queue ahead and one that samples from itself, while all the work goes to workers that are new.
 
     A loop ends at the first call that raises, so that they go on says that none did.
     """
@@ -62,6 +62,10 @@ def test_workers_join_and_leave_under_load(cluster: Cluster) -> None:
     users = [
         User(loop, seed, cluster.gateway_address, cluster.new_tenant()).start() for seed, loop in enumerate(loops, 1)
     ]
+    wait_for_steps(users, 2)
+    # A trainer that dies when it claims the first run that it has accepted: the run goes back.
+    cluster.launch("trainer-1", allow_failpoints="true", failpoints="trainer.claim.before=kill")
+    wait_until(lambda: cluster.processes["trainer-1"].poll() is not None)
     wait_for_steps(users, 2)
     cluster.launch("trainer-1")
     cluster.launch("sampler-1")

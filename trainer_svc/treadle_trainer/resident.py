@@ -336,7 +336,8 @@ class Resident:
         if self.closed is not None:
             raise self.closed
         if self.draining:
-            raise make_error("DRAINING", "the trainer is handing the run over; connect again and go on", 0.2)
+            # Not DRAINING: the trainer may stay, and gateways would send nobody else to it for a while.
+            raise make_error("WORKER_LOST", "the trainer is handing the run over; connect again and go on", 0.2)
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Waits until `condition` holds; raises the reason if the run leaves before."""
