@@ -95,7 +95,7 @@ class Rebalancer:
         """Hands over what should move now, a few runs; returns whether there may be more."""
         load, runs = self.load, self._movable()
         # Whoever has little to do need not ask what the others have.
-        if len(runs) < 2 or load < self._settings.rebalance_gap:
+        if not runs or load < self._settings.rebalance_gap:
             return False
         try:
             peers = await self._peers()
