@@ -25,6 +25,7 @@ NAMES = (
     "memory",
     "move",
     "openai_face",
+    "ranks",
     "recovery",
     "rl",
     "sampling",

@@ -19,17 +19,18 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from treadle_engine.attention import IMPLEMENTATION, AttentionPlan, PackedCausal, PassContext
+from treadle_engine.attention import AttentionPlan, PackedCausal, PassContext
 from treadle_engine.bases import served_name
 from treadle_engine.errors import EngineError
 from treadle_engine.lean import LeanDecoder, matches
+from treadle_engine.loading import find_layers, find_linears, load_shard, load_whole
 from treadle_engine.lora import LoraConfig, LoraSite, Segment, SegmentedLinear, SiteKind
 from treadle_engine.quantize import Quantization, Scratch, check_quantization, pack
+from treadle_engine.shards import Shard
 
 ROW_MULTIPLE = 16
 """Streams are padded to this many rows: below 16, CPU BLAS picks kernels by the row count, and bits change."""
@@ -63,20 +64,22 @@ class BaseInfo:
 class BaseModel:
     """A base in memory; read-only but for the segments of the current call."""
 
-    def __init__(self, model: PreTrainedModel, info: BaseInfo) -> None:
+    def __init__(self, model: PreTrainedModel, info: BaseInfo, shard: Shard | None = None) -> None:
         """Freeze the model and put segmented linears in place; use `load` to get one."""
         self.info = info
+        self.shard = shard
+        """This rank's part, if the base is spread over several."""
         self.model = model
         self.device = model.device
         self.dtype = model.dtype
         self.context = PassContext()
         model.requires_grad_(False).train(False)
         self._decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-        self.linears, self._sites = _replace_linears(model)
+        self.linears, self._sites = _replace_linears(model, shard)
         self._unembed = self.linears[-1]
         self.checkpoint_activations = False
         """Whether a backward runs each layer again instead of keeping what it computed; may change between calls."""
-        for layer in _find_layers(self._decoder):
+        for layer in find_layers(self._decoder):
             layer.forward = partial(self._run_layer, layer.forward)
         for module in self._decoder.modules():
             if hasattr(module, "layer_idx"):
@@ -99,25 +102,26 @@ class BaseModel:
         dtype: str = "auto",
         device: str = "cpu",
         quantize: str = "none",
+        shard: Shard | None = None,
     ) -> Self:
         """Load a folder or a cached hub name; UNKNOWN_BASE if it is not a causal LM that packed passes can serve.
 
         `quantize` (none, int8, nf4) packs all linears but the unembedding; such a base is served as `name@quantize`.
+        With a `shard` only this rank's part of the weights is loaded; all ranks must load, and call, the same.
         """
         chosen, kind = _choose_dtype(dtype, torch.device(device)), check_quantization(quantize)
-        try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                path_or_name, dtype=chosen, attn_implementation=IMPLEMENTATION
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise EngineError("UNKNOWN_BASE", f"cannot load {path_or_name!r}: {error}") from error
+        if shard is None:
+            model = load_whole(path_or_name, chosen, torch.device(device))
+            num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        else:
+            model, num_parameters = load_shard(path_or_name, chosen, shard)
         _refuse_unstable(model)
-        if torch.device(device).type == "cpu":
-            _map_weights(model, Path(path_or_name))
-        info = _describe(model, path_or_name, name or Path(path_or_name).name, kind)
+        info = _describe(model, path_or_name, name or Path(path_or_name).name, kind, num_parameters)
         _pack_linears(model, kind, torch.device(device))
         model = model.to(device)  # type: ignore[arg-type]
-        base = cls(model, info)
+        base = cls(model, info, shard)
+        if shard is not None:
+            shard.meet()
         base._check_head()
         return base
 
@@ -132,7 +136,7 @@ class BaseModel:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the weights, in bytes, mapped files included."""
+        """Memory of the weights that this process has, in bytes, mapped files included."""
         packed = (linear.packed for linear in self.linears)
         # A tied unembedding is the embedding: each parameter counts once.
         held = sum(parameter.nbytes for parameter in self.model.parameters())
@@ -232,44 +236,23 @@ def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return named[dtype]
 
 
-def _find_linears(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
-    """Return every linear of the decoder layers, then the unembedding, by name."""
-    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(head, nn.Linear):
-        raise EngineError("UNKNOWN_BASE", "the model has no linear unembedding")
-    layers = _find_layers(decoder)
-    names = {id(module): name for name, module in model.named_modules()}
-    prefix = names[id(layers)]
-    found = [(f"{prefix}.{name}", child) for name, child in layers.named_modules() if isinstance(child, nn.Linear)]
-    return [*found, (names[id(head)], head)]
-
-
-def _find_layers(decoder: nn.Module) -> nn.ModuleList:
-    """Return the decoder's list of layers."""
-    layers = next((child for child in decoder.children() if isinstance(child, nn.ModuleList)), None)
-    if layers is None:
-        raise EngineError("UNKNOWN_BASE", "the model has no list of decoder layers")
-    return layers
-
-
 def _pack_linears(model: PreTrainedModel, kind: Quantization, device: torch.device) -> None:
     """Pack every linear of the decoder layers; embeddings, norms and the unembedding keep their precision."""
     scratch = Scratch()
-    for name, linear in _find_linears(model)[:-1]:
+    for name, linear in find_linears(model)[:-1]:
         model.set_submodule(name, pack(linear, kind, device, scratch))
 
 
-def _replace_linears(model: PreTrainedModel) -> tuple[list[SegmentedLinear], tuple[LoraSite, ...]]:
+def _replace_linears(model: PreTrainedModel, shard: Shard | None) -> tuple[list[SegmentedLinear], tuple[LoraSite, ...]]:
     """Swap every linear of the decoder layers, then the unembedding; return them with their sites, in order."""
-    found = _find_linears(model)
+    found = find_linears(model)
     linears: list[SegmentedLinear] = []
     sites: list[LoraSite] = []
     for index, (name, linear) in enumerate(found):
         kind: SiteKind = (
             "unembed" if index == len(found) - 1 else "attn" if "attn" in name or "attention" in name else "mlp"
         )
-        replacement = SegmentedLinear(linear, index)
+        replacement = SegmentedLinear(linear, index, shard)
         model.set_submodule(name, replacement)
         linears.append(replacement)
         previous = sites[-1] if sites else None
@@ -291,35 +274,7 @@ def _refuse_unstable(model: PreTrainedModel) -> None:
         raise EngineError("UNKNOWN_BASE", f"rotary scaling {kind!r} depends on the longest sequence of a pass")
 
 
-def _map_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Point parameters at the file's memory map where the file holds exactly their bytes.
-
-    Processes on one machine then share one copy. A parameter that was converted on loading stays a private copy.
-    """
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    parameter = _parameter(model, name)
-                    if parameter is None:
-                        continue
-                    stored = tensors.get_tensor(name)
-                    if stored.dtype == parameter.dtype and torch.equal(stored, parameter.data):
-                        parameter.data = stored
-        except (SafetensorError, OSError):
-            continue
-
-
-def _parameter(model: PreTrainedModel, name: str) -> nn.Parameter | None:
-    for candidate in (name, f"{model.base_model_prefix}.{name}"):
-        try:
-            return model.get_parameter(candidate)
-        except AttributeError:
-            continue
-    return None
-
-
-def _describe(model: PreTrainedModel, path: str, name: str, kind: Quantization) -> BaseInfo:
+def _describe(model: PreTrainedModel, path: str, name: str, kind: Quantization, num_parameters: int) -> BaseInfo:
     config = model.config.get_text_config()
     generation: GenerationConfig | None = model.generation_config
     eos = generation.eos_token_id if generation is not None else None
@@ -337,6 +292,6 @@ def _describe(model: PreTrainedModel, path: str, name: str, kind: Quantization) 
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         dtype=str(model.dtype).removeprefix("torch."),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=num_parameters,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
     )

@@ -15,7 +15,7 @@ import itertools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,8 +60,12 @@ class Decoder:
         max_sequences: int = 64,
         max_cache_tokens: int = 65_536,
         keep_prefixes: bool = True,
+        settle: Callable[[Drawn], Drawn] | None = None,
     ) -> None:
-        """Serve at most `max_sequences` at once, with keys and values of at most `max_cache_tokens` positions."""
+        """Serve at most `max_sequences` at once, with keys and values of at most `max_cache_tokens` positions.
+
+        `settle` gets each step's draws and returns those that count: ranks of one base must all go on with the same.
+        """
         info = base.info
         self.num_steps = 0
         self.num_tokens = 0
@@ -71,6 +75,7 @@ class Decoder:
         """Sequences that were drawn or read in the last step, by the owners of their requests."""
         self._base = base
         self._detokenize = detokenize
+        self._settle = settle
         # Any single request must fit, or it would wait for ever.
         positions = max(max_cache_tokens, 4 * info.max_context)
         cache = KvCache(info.num_layers, info.num_kv_heads, info.head_dim, base.dtype, base.device, positions)
@@ -268,6 +273,8 @@ class Decoder:
         uniforms = [sample.stream.random() for sample in samples]
         asked = [sample.prompt.request.params for sample in samples]
         drawn = draw(torch.cat(rows), asked, uniforms, [sample.history for sample in samples])
+        if self._settle is not None:
+            drawn = self._settle(drawn)
         self._places.samples = resumed
         return self._take_all(samples, drawn)
 

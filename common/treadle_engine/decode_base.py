@@ -21,6 +21,7 @@ from treadle_engine.adapter_slots import AdapterSlots, StepAdapters
 from treadle_engine.base_model import ROW_MULTIPLE, BaseInfo, BaseModel
 from treadle_engine.lora import Segment, SegmentedLinear
 from treadle_engine.lora_products import product_dtype
+from treadle_engine.shards import Shard
 
 _ONEDNN = ("x86_64", "AMD64")
 """Machines for which torch brings oneDNN's own kernels."""
@@ -39,7 +40,7 @@ class SlottedLinear(SegmentedLinear):
             self._prepacked = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), ROW_MULTIPLE)
 
     def base_product(self, x_MI: Tensor) -> Tensor:
-        """Return W x + b of the frozen linear, [M, O]."""
+        """Return W x + b of the frozen linear, [M, O], or a shard's columns of it."""
         if self._prepacked is None:
             return super().base_product(x_MI)
         y_MO: Tensor = torch.ops.mkldnn._linear_pointwise(x_MI, self._prepacked, self.bias, "none", [], "")
@@ -50,7 +51,7 @@ class SlottedLinear(SegmentedLinear):
         cls, linears: Sequence[SegmentedLinear], x_MI: Tensor, segments: Sequence[Segment]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Return y_MO of each linear; nothing is kept."""
-        ys = [linear.base_product(x_MI) for linear in linears]
+        ys = cls.base_products(linears, x_MI)
         if segments:
             if not isinstance(segments, StepAdapters):
                 raise TypeError("a base for decoding takes segments as DecodeBase.adapters makes them")
@@ -61,11 +62,11 @@ class SlottedLinear(SegmentedLinear):
 class DecodeBase(BaseModel):
     """A `BaseModel` with slotted linears."""
 
-    def __init__(self, model: PreTrainedModel, info: BaseInfo) -> None:
+    def __init__(self, model: PreTrainedModel, info: BaseInfo, shard: Shard | None = None) -> None:
         """Replace the segmented linears, sharing their weights."""
-        super().__init__(model, info)
+        super().__init__(model, info, shard)
         for index, (site, linear) in enumerate(zip(self.sites, self.linears, strict=True)):
-            self.linears[index] = SlottedLinear(linear, site.index)
+            self.linears[index] = SlottedLinear(linear, site.index, shard)
             model.set_submodule(site.module_name, self.linears[index])
         self._unembed = self.linears[-1]
         self.block_rows = smallest_block(self)

@@ -130,7 +130,7 @@ class LeanDecoder:
         checkpoint: bool = False,
     ) -> tuple[Tensor, _NormSaved, tuple[Tensor, Tensor]]:
         """Return x_PD, what the last norm saved and the rotary factors; append to `keep` unless it is None."""
-        x_PD: Tensor = F.embedding(tokens_P, self._decoder.embed_tokens.weight)
+        x_PD: Tensor = self._decoder.embed_tokens(tokens_P)
         cosine_1Pd, sine_1Pd = self._decoder.rotary_emb(x_PD, positions_P.unsqueeze(0))
         rotary = (cosine_1Pd[0].unsqueeze(1), sine_1Pd[0].unsqueeze(1))
         for layer in self._decoder.layers:

@@ -31,6 +31,7 @@ from treadle_engine.lora_products import (
     product_dtype,
 )
 from treadle_engine.quantize import PackedLinear, PackedWeight
+from treadle_engine.shards import Shard
 
 SiteKind = Literal["attn", "mlp", "unembed"]
 Pair = tuple[Tensor, Tensor]
@@ -302,9 +303,12 @@ class Segment:
 
 
 class SegmentedLinear(nn.Linear):
-    """A frozen linear plus the LoRA of whichever adapter owns each row."""
+    """A frozen linear plus the LoRA of whichever adapter owns each row.
 
-    def __init__(self, linear: nn.Linear, site: int) -> None:
+    With a `shard` the frozen weight and bias are this rank's rows, and results are whole on every rank.
+    """
+
+    def __init__(self, linear: nn.Linear, site: int, shard: Shard | None = None) -> None:
         """Share the weights of `linear`, which may be packed."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -312,7 +316,7 @@ class SegmentedLinear(nn.Linear):
         self.packed: PackedWeight | None = None
         if isinstance(linear, PackedLinear | SegmentedLinear):
             self.packed = linear.packed
-        self.site = site
+        self.site, self.shard = site, shard
         self.segments: Sequence[Segment] = ()
         self.anchor: Tensor | None = None
 
@@ -326,12 +330,33 @@ class SegmentedLinear(nn.Linear):
         return y_MO.view(*input.shape[:-1], self.out_features)
 
     def frozen_weight(self) -> Tensor:
-        """Return W [O, I] in compute dtype; valid until any linear of the base is asked again."""
+        """Return W [O, I], or a shard's rows, in compute dtype; valid until any linear of the base is asked again."""
         return self.weight if self.packed is None else self.packed.unpack()
 
     def base_product(self, x_MI: Tensor) -> Tensor:
-        """Return W x + b of the frozen linear, [M, O]."""
+        """Return W x + b of the frozen linear, [M, O], or a shard's columns of it."""
         return F.linear(x_MI, self.frozen_weight(), self.bias)
+
+    @staticmethod
+    def base_products(linears: Sequence[SegmentedLinear], x_MI: Tensor) -> list[Tensor]:
+        """Return W x + b of each of some linears that share their input, [M, O]."""
+        ys = [linear.base_product(x_MI) for linear in linears]
+        shard = linears[0].shard
+        return ys if shard is None else shard.gather(ys, [linear.out_features for linear in linears])
+
+    @staticmethod
+    def base_input_gradient(linears: Sequence[SegmentedLinear], gradients: Sequence[Tensor]) -> Tensor:
+        """Return the gradient [M, I] of the input that the frozen linears share, given that of each one's output."""
+        g_MI: Tensor | None = None
+        shard = linears[0].shard
+        for linear, g_MO in zip(linears, gradients, strict=True):
+            weight_OI = linear.frozen_weight()
+            if shard is not None:
+                own = shard.own(linear.out_features)
+                g_MO, weight_OI = g_MO[:, own], weight_OI[: own.stop - own.start]  # noqa: PLW2901 - this rank's part
+            g_MI = g_MO.mm(weight_OI) if g_MI is None else g_MI.addmm_(g_MO, weight_OI)
+        assert g_MI is not None  # a group has a member
+        return g_MI if shard is None else shard.sum_(g_MI)
 
     def project(self, x_MI: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Tensor | None]]:
         """Return y_MO and each segment's A x^T [R, N] (None where it has no LoRA here)."""
@@ -343,7 +368,7 @@ class SegmentedLinear(nn.Linear):
         cls, linears: Sequence[SegmentedLinear], x_MI: Tensor, segments: Sequence[Segment]
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Return y_MO of each linear of one group, which share their input, and each segment's low_SN."""
-        ys = [linear.base_product(x_MI) for linear in linears]
+        ys = cls.base_products(linears, x_MI)
         lows: list[Tensor | None] = []
         dtype = product_dtype(x_MI.dtype, x_MI.device)
         (x_MI,) = _for_products(dtype, segments, (x_MI,))
@@ -378,11 +403,7 @@ class SegmentedLinear(nn.Linear):
         need_input: bool,
     ) -> Tensor | None:
         """Do what `project_backward` does for a group, given the gradient g_MO of each of its outputs."""
-        g_MI: Tensor | None = None
-        if need_input:
-            for linear, g_MO in zip(linears, gradients, strict=True):
-                weight_OI = linear.frozen_weight()
-                g_MI = g_MO.mm(weight_OI) if g_MI is None else g_MI.addmm_(g_MO, weight_OI)
+        g_MI = cls.base_input_gradient(linears, gradients) if need_input else None
         first, count = linears[0].site, len(linears)
         dtype = product_dtype(x_MI.dtype, x_MI.device)
         x_MI, *gradients = _for_products(dtype, segments, (x_MI, *gradients))

@@ -146,6 +146,9 @@ class TrainingEngine:
         gradients = None
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
+        if self.base.shard is not None:
+            # Ranks must go on alike: where only some failed, the others wait elsewhere, and the group is lost.
+            self.base.shard.meet()
         if len(works) == 1:
             works[0].fail_for_memory(reason)
             return

@@ -38,3 +38,8 @@ class WorkerSettings(ServiceSettings):
         default_factory=lambda: max(1, (os.cpu_count() or 1) // 2), ge=1, description="threads of a CPU device"
     )
     cache_dir: Path = Field(Path("~/.cache/treadle"), description="where converted bases are kept")
+    rank_timeout_seconds: float = Field(
+        120.0,
+        gt=0,
+        description="started by torchrun: how long a rank may be silent before the group is lost and starts again",
+    )

@@ -72,9 +72,11 @@ class EngineLoop:
 
         return await self.call(make)
 
-    async def stop(self) -> None:
-        """End the thread after the step in progress; requests that run then get no more events."""
+    async def stop(self, last: Callable[[], None] | None = None) -> None:
+        """End the thread after the step in progress, and after `last`; requests that run then get no more events."""
         if self._thread.is_alive():
+            if last is not None:
+                await self.call(last)
             self._commands.put(self._stop)
             await asyncio.to_thread(self._thread.join)
 

@@ -250,22 +250,21 @@ def test_stores_know_how_many_they_are(overlay: str) -> None:
     assert int(environment(overlay, "store").get("TREADLE_STORE_REPLICAS", "1")) == workload["spec"]["replicas"]
 
 
-def test_a_group_of_nodes_replaces_the_set_of_trainers(tmp_path: Path) -> None:
-    """The component for several nodes renders, and keeps what is promised of a trainer's pod."""
+@pytest.mark.parametrize(("role", "replaced"), [("trainer", "StatefulSet"), ("sampler", "Deployment")])
+def test_a_group_of_nodes_replaces_single_workers(role: str, replaced: str, tmp_path: Path) -> None:
+    """The component for several nodes renders, and keeps what is promised of a worker's pod."""
     shutil.copytree(KUSTOMIZE, tmp_path / "kustomize")
     overlay = tmp_path / "kustomize/overlays/group"
     overlay.mkdir()
     parts = {"resources": ["../../base"], "components": ["../../components/leaderworkerset"]}
     (overlay / "kustomization.yaml").write_text(yaml.safe_dump(parts))
-    group = [
-        manifest for manifest in yaml.safe_load_all(rendered(overlay)) if "trainer" in manifest["metadata"]["name"]
-    ]
+    group = [manifest for manifest in yaml.safe_load_all(rendered(overlay)) if role in manifest["metadata"]["name"]]
     assert {m["kind"] for m in group} >= {"LeaderWorkerSet", "ConfigMap", "Service", "PodDisruptionBudget"}
-    assert "StatefulSet" not in {m["kind"] for m in group}
+    assert replaced not in {m["kind"] for m in group}
     (config,) = (m["metadata"]["name"] for m in group if m["kind"] == "ConfigMap")
-    base = yaml.safe_load((KUSTOMIZE / "components/leaderworkerset/trainer.yaml").read_text())
+    base = yaml.safe_load((KUSTOMIZE / f"components/leaderworkerset/{role}.yaml").read_text())
     template = base["spec"]["leaderWorkerTemplate"]
-    single = {role: pod for role, _, pod in workloads("cpu-dev")}["trainer"]
+    single = {role: pod for role, _, pod in workloads("cpu-dev")}[role]
     for name in ("leaderTemplate", "workerTemplate"):
         pod = template[name]["spec"]
         for key in ("serviceAccountName", "securityContext", "terminationGracePeriodSeconds", "enableServiceLinks"):
@@ -274,13 +273,21 @@ def test_a_group_of_nodes_replaces_the_set_of_trainers(tmp_path: Path) -> None:
         for key in ("securityContext", "env"):
             assert container[key] == alone[key]
         assert container["command"][0] == "torchrun"
+        assert container["command"][-1] == f"treadle_{role}"
+        patience = int(next(a.partition("=")[2] for a in container["command"] if a.startswith("--shutdown-timeout=")))
+        assert patience < pod["terminationGracePeriodSeconds"]
         assert ("readinessProbe" in container) == (name == "leaderTemplate")
+    assert template["leaderTemplate"]["spec"]["containers"][0]["command"] == container["command"]
     assert template["restartPolicy"] == "RecreateGroupOnPodRestart"
     # The names of generated settings have a hash; kustomize must find them in this kind too.
     (deployed,) = (m["spec"]["leaderWorkerTemplate"] for m in group if m["kind"] == "LeaderWorkerSet")
     for name in ("leaderTemplate", "workerTemplate"):
         (container,) = deployed[name]["spec"]["containers"]
         assert container["envFrom"] == [{"configMapRef": {"name": config}}]
+    (policy,) = (m for m in group if m["kind"] == "NetworkPolicy")
+    here = {"matchLabels": {"leaderworkerset.sigs.k8s.io/name": f"treadle-{role}"}}
+    assert policy["spec"]["podSelector"] == here
+    assert [rule["from"] for rule in policy["spec"]["ingress"]] == [[{"podSelector": here}]]
 
 
 def test_base_is_what_all_overlays_start_from() -> None:

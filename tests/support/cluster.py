@@ -5,16 +5,18 @@ test does with them.
 """
 
 import os
+import re
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import grpc
+import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support.nursery import ForkedProcess
@@ -23,6 +25,7 @@ from treadle.v1 import admin_pb2, admin_pb2_grpc
 
 ROLES = ("store", "trainer", "sampler", "gateway")
 START_SECONDS = 240.0
+GROUP_MANIFESTS = Path(__file__).parents[2] / "deploy/kustomize/components/leaderworkerset"
 # A service that is being started refuses connections for a while.
 CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200))
 
@@ -32,6 +35,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def group_command(role: str, nodes: int, node: int, port: int, ranks: int, *options: str) -> list[str]:
+    """Returns the command of the manifest for a group of nodes, for some nodes of `ranks` ranks on this machine."""
+    text = (GROUP_MANIFESTS / f"{role}.yaml").read_text()
+    template = yaml.safe_load(text)["spec"]["leaderWorkerTemplate"]["leaderTemplate"]
+    program, *arguments = template["spec"]["containers"][0]["command"]
+    values = {"LWS_GROUP_SIZE": str(nodes), "LWS_WORKER_INDEX": str(node), "LWS_LEADER_ADDRESS": "127.0.0.1"}
+    arguments = [re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], argument) for argument in arguments]
+    # What stands later counts: fewer ranks than the nodes of a cluster have devices, and a port that is free here.
+    place = arguments.index("--module")
+    arguments[place:place] = [f"--nproc-per-node={ranks}", f"--master-port={port}", *options]
+    return [str(Path(sys.executable).with_name(program)), *arguments]
 
 
 class Cluster:
@@ -47,6 +63,7 @@ class Cluster:
         samplers: int = 1,
         forked: bool = False,
         proxied: bool = False,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
         """Prepares the services without starting any.
 
@@ -58,6 +75,7 @@ class Cluster:
             samplers: how many there are.
             forked: start processes from one that has imported everything, in tenths of a second.
             proxied: have every connection to a service go through a proxy of its own in `proxies`.
+            ranks: services that are a group of so many ranks on this machine, and start again when one is lost.
         """
         self.folder = folder
         more = [f"trainer-{number}" for number in range(1, trainers)]
@@ -70,6 +88,7 @@ class Cluster:
             self.proxies = {name: TroubleProxy(self.addresses[name]).__enter__() for name in self.names}
         self.token = secrets.token_hex(16)
         self._forked = forked
+        self._ranks = dict(ranks or {})
         self._extra = settings or {}
         self._base = base
         self._tenants = 0
@@ -103,11 +122,13 @@ class Cluster:
         role, log = name.partition("-")[0], self.folder / f"{name}.log"
         extra = {f"TREADLE_{role.upper()}_{key.upper()}": value for key, value in settings.items()}
         environment = {**self.environment(name), **extra}
-        if self._forked:
+        if self._forked and name not in self._ranks:
             self.processes[name] = ForkedProcess(role, environment, log)
             return
         with log.open("ab") as out:
             command = [sys.executable, "-m", f"treadle_{role}"]
+            if name in self._ranks:
+                command = group_command(role, 1, 0, free_port(), self._ranks[name], "--max-restarts=3")
             self.processes[name] = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
 
     def wait_ready(self, names: Iterable[str] = ()) -> None:
@@ -141,6 +162,18 @@ class Cluster:
         process = self.processes.pop(role)
         process.kill()
         process.wait()
+
+    def ranks_of(self, name: str) -> list[int]:
+        """Returns the process ids of a group's ranks on this machine, by rank."""
+        parent = self.processes[name].pid
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        by_rank = {}
+        for child in children:
+            variables = dict(
+                line.split("=", 1) for line in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in line
+            )
+            by_rank[int(variables["RANK"])] = int(child)
+        return [by_rank[rank] for rank in sorted(by_rank)]
 
     def freeze(self, name: str) -> None:
         """Stops a process as a long pause of its machine would (SIGSTOP)."""

@@ -7,7 +7,7 @@ to its caller that nothing changes a run while another call uses it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
+from torch import Tensor
 
 from treadle_engine.base_model import BaseInfo, BaseModel
 from treadle_engine.batch import TokenBatch
@@ -45,6 +46,7 @@ from treadle_engine.peft_format import (
     warm_up,
     weights_parts,
 )
+from treadle_engine.rank_group import RankGroup
 from treadle_engine.tensor_files import read_tensors, to_parts, write_parts
 from treadle_service.logs import get_logger
 from treadle_trainer import probe
@@ -69,7 +71,11 @@ class PassChunk:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """What an optimizer step or a load left behind; `digest` is that of the run's state."""
+    """What an optimizer step or a load left behind.
+
+    `digest` is that of the run's state, with the number of ranks behind it if they are several: they add up in another
+    order, so that only digests of equally many can be compared.
+    """
 
     step: int
     digest: bytes
@@ -212,7 +218,11 @@ class Device:
         """Applies and clears the run's gradient; NAN_GRADIENT drops it and changes nothing else."""
         state = self._states[run]
         metrics = optim_step(state, params)
-        return Stepped(state.step, bytes.fromhex(state.digest()), metrics)
+        return Stepped(state.step, self._digest(state), metrics)
+
+    def gradient(self, run: str) -> Tensor:
+        """Returns the run's gradient itself."""
+        return self._states[run].grads
 
     def clear_gradient(self, run: str) -> None:
         """Drops the run's gradient."""
@@ -269,7 +279,11 @@ class Device:
         else:
             state = TrainState.fresh(AdapterWeights(self._base, config, read.flat))
         self._states[run] = state
-        return Stepped(state.step, bytes.fromhex(state.digest()), {})
+        return Stepped(state.step, self._digest(state), {})
+
+    def _digest(self, state: TrainState) -> bytes:
+        shard = self._base.shard
+        return bytes.fromhex(state.digest()) + (b"" if shard is None else shard.size.to_bytes(2, "little"))
 
 
 def load_device(
@@ -284,14 +298,23 @@ def load_device(
     max_tokens_per_pass: int,
     target_pass_seconds: float,
     measure_cost: bool,
+    group: RankGroup | None = None,
 ) -> Device:
-    """Loads a base onto the device and finds out what passes cost; runs on the thread that will own it."""
+    """Loads a base onto the device and finds out what passes cost; runs on the thread that will own it.
+
+    In a group, all ranks load at the same time, each its part, and rank 0 says what a pass may hold.
+    """
     settle(threads)
-    base = BaseModel.load(path, name=name, dtype=dtype, device=device, quantize=quantize)
+    shard = None if group is None else group.shard
+    base = BaseModel.load(path, name=name, dtype=dtype, device=device, quantize=quantize, shard=shard)
     base.checkpoint_activations = checkpoint_activations
-    cost = probe.measure(base) if measure_cost else None
-    memory = probe.device_memory(base.device)
-    return Device(base, choose_budget(max_tokens_per_pass, target_pass_seconds, cost, memory))
+    share: Callable[[float], float] = float if group is None else group.main.share
+    cost = probe.measure(base, share) if measure_cost else None
+    budget = choose_budget(max_tokens_per_pass, target_pass_seconds, cost, probe.device_memory(base.device))
+    if group is not None:
+        group.check_alike(base.info, checkpoint_activations)
+        budget = group.main.share(budget)
+    return Device(base, budget)
 
 
 def _wrote(path: Path, parts: Sequence[memoryview]) -> bool:

@@ -30,6 +30,9 @@ from treadle_trainer.runs import BATCHED, FORWARD
 MAX_ANSWER_BYTES: Final = 2_500_000
 """Longest answer: it must fit a journal write and a frame of the stream."""
 
+DIGEST_BYTES: Final = 16
+"""Bytes of a state digest proper; behind them may be the number of ranks that computed the state."""
+
 FloatArray = NDArray[np.float32]
 Split = Callable[[TokenBatch], list[TokenBatch]]
 
@@ -99,6 +102,11 @@ def kind_of(operation: training_pb2.Operation) -> str:
             "BAD_OPERATION", "the operation has no kind; set one of forward, forward_backward, optim_step, ..."
         )
     return kind
+
+
+def differ(digest: bytes, recorded: bytes) -> bool:
+    """Tells whether two state digests say that the states differ: not if one is missing or came of other ranks."""
+    return digest != recorded and bool(digest and recorded) and digest[DIGEST_BYTES:] == recorded[DIGEST_BYTES:]
 
 
 def digest_of(operation: training_pb2.Operation) -> int:

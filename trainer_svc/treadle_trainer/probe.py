@@ -39,8 +39,11 @@ _MOST_SECONDS: Final = 6.0
 _COUNTED: Final = ((1, 16), (1, 64))
 
 
-def measure(base: BaseModel) -> PassCost:
-    """Runs passes over made-up tokens and returns their cost; the base must have no other user meanwhile."""
+def measure(base: BaseModel, share: Callable[[float], float] = float) -> PassCost:
+    """Runs passes over made-up tokens and returns their cost; the base must have no other user meanwhile.
+
+    Ranks of one base must run the same passes: `share` gives all of them what rank 0's clock says.
+    """
     engine = TrainingEngine(base)
     state = TrainState.fresh(AdapterWeights.init(base, LoraConfig(rank=8)))
 
@@ -49,7 +52,7 @@ def measure(base: BaseModel) -> PassCost:
         engine.run_pass([_chunk(state, base, count, length)])
         if base.device.type == "cuda":
             torch.cuda.synchronize(base.device)
-        return time.perf_counter() - began
+        return share(time.perf_counter() - began)
 
     began = time.perf_counter()
     small, large = _COUNTED
@@ -58,7 +61,7 @@ def measure(base: BaseModel) -> PassCost:
     peaks = [_peak_bytes(base, lambda: timed(*small))]
     if first / small[1] * large[1] < _MOST_SECONDS / 4:
         peaks.append(_peak_bytes(base, lambda: timed(*large)))
-    rows_SC, took_S = _time_passes(timed, base.info.max_context, began)
+    rows_SC, took_S = _time_passes(timed, base.info.max_context, lambda: share(time.perf_counter() - began))
     fixed, per_token, per_square = fit_cost(np.array(rows_SC), np.array(took_S)).tolist()
     return PassCost(fixed, per_token, per_square, _bytes_per_token(peaks))
 
@@ -89,14 +92,14 @@ def device_memory(device: torch.device) -> int:
 
 
 def _time_passes(
-    timed: Callable[[int, int], float], max_context: int, began: float
+    timed: Callable[[int, int], float], max_context: int, elapsed_seconds: Callable[[], float]
 ) -> tuple[list[tuple[float, float, float]], list[float]]:
     """Returns (1, T, sum of L^2) and the seconds of as many passes as there is time for; of one at least."""
     rows: list[tuple[float, float, float]] = []
     took: list[float] = []
     for count, wanted in _SHAPES:
         length = min(wanted, max_context)
-        elapsed = time.perf_counter() - began
+        elapsed = elapsed_seconds()
         if took and elapsed + took[-1] / rows[-1][1] * count * length > _MOST_SECONDS:
             break
         if len(took) >= 3 and elapsed > _ENOUGH_SECONDS:

@@ -380,7 +380,7 @@ class Resident:
             return
         if isinstance(outcome, TreadleError) and not recorded.failed:
             message = f"replaying operation {op.seq} failed where it had succeeded: {outcome.message}"
-        elif digest and recorded.state_digest and digest != recorded.state_digest:
+        elif operations.differ(digest, recorded.state_digest):
             message = (
                 f"replaying operation {op.seq} gave the state {digest.hex()}, the journal has "
                 f"{recorded.state_digest.hex()}; the run is read-only, start a new one from its last checkpoint"
