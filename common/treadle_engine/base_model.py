@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from treadle_engine.bases import served_name
 from treadle_engine.errors import EngineError
 from treadle_engine.lean import LeanDecoder, matches
 from treadle_engine.loading import find_layers, find_linears, load_shard, load_whole
-from treadle_engine.lora import LoraConfig, LoraSite, Segment, SegmentedLinear, SiteKind
+from treadle_engine.lora import AdapterBase, LoraConfig, LoraSite, Segment, SegmentedLinear, SiteKind
 from treadle_engine.quantize import Quantization, Scratch, check_quantization, pack
 from treadle_engine.shards import Shard
 
@@ -59,6 +59,20 @@ class BaseInfo:
     dtype: str
     num_parameters: int
     eos_token_ids: tuple[int, ...]
+
+
+class KnownBase(AdapterBase, Protocol):
+    """What adapters and their files must know of a base, whose weights may be elsewhere."""
+
+    @property
+    def info(self) -> BaseInfo:
+        """Facts about it."""
+        ...
+
+    @property
+    def sites(self) -> tuple[LoraSite, ...]:
+        """All sites, the unembedding last."""
+        ...
 
 
 class BaseModel:
@@ -109,14 +123,14 @@ class BaseModel:
         `quantize` (none, int8, nf4) packs all linears but the unembedding; such a base is served as `name@quantize`.
         With a `shard` only this rank's part of the weights is loaded; all ranks must load, and call, the same.
         """
-        chosen, kind = _choose_dtype(dtype, torch.device(device)), check_quantization(quantize)
+        chosen, kind = choose_dtype(dtype, torch.device(device)), check_quantization(quantize)
         if shard is None:
             model = load_whole(path_or_name, chosen, torch.device(device))
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
         else:
             model, num_parameters = load_shard(path_or_name, chosen, shard)
         _refuse_unstable(model)
-        info = _describe(model, path_or_name, name or Path(path_or_name).name, kind, num_parameters)
+        info = describe(model, path_or_name, name or Path(path_or_name).name, kind, num_parameters)
         _pack_linears(model, kind, torch.device(device))
         model = model.to(device)  # type: ignore[arg-type]
         base = cls(model, info, shard)
@@ -223,7 +237,8 @@ class BaseModel:
             raise EngineError("UNKNOWN_BASE", "the architecture shapes its logits in a way that is not supported")
 
 
-def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the element type of a name; `auto` is bfloat16 where the device has products of it."""
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -243,22 +258,27 @@ def _pack_linears(model: PreTrainedModel, kind: Quantization, device: torch.devi
         model.set_submodule(name, pack(linear, kind, device, scratch))
 
 
-def _replace_linears(model: PreTrainedModel, shard: Shard | None) -> tuple[list[SegmentedLinear], tuple[LoraSite, ...]]:
-    """Swap every linear of the decoder layers, then the unembedding; return them with their sites, in order."""
-    found = find_linears(model)
-    linears: list[SegmentedLinear] = []
+def find_sites(found: Sequence[tuple[str, nn.Linear]]) -> tuple[LoraSite, ...]:
+    """Return the sites of a base's linears, given by name, the unembedding last."""
     sites: list[LoraSite] = []
     for index, (name, linear) in enumerate(found):
         kind: SiteKind = (
             "unembed" if index == len(found) - 1 else "attn" if "attn" in name or "attention" in name else "mlp"
         )
-        replacement = SegmentedLinear(linear, index, shard)
-        model.set_submodule(name, replacement)
-        linears.append(replacement)
         previous = sites[-1] if sites else None
         group = previous.group if previous is not None and _share_input(previous.module_name, name) else index
         sites.append(LoraSite(index, name, linear.in_features, linear.out_features, kind, group))
-    return linears, tuple(sites)
+    return tuple(sites)
+
+
+def _replace_linears(model: PreTrainedModel, shard: Shard | None) -> tuple[list[SegmentedLinear], tuple[LoraSite, ...]]:
+    """Swap every linear of the decoder layers, then the unembedding; return them with their sites, in order."""
+    found = find_linears(model)
+    sites = find_sites(found)
+    linears = [SegmentedLinear(linear, site.index, shard) for site, (_, linear) in zip(sites, found, strict=True)]
+    for site, linear in zip(sites, linears, strict=True):
+        model.set_submodule(site.module_name, linear)
+    return linears, sites
 
 
 def _share_input(previous: str, name: str) -> bool:
@@ -274,7 +294,8 @@ def _refuse_unstable(model: PreTrainedModel) -> None:
         raise EngineError("UNKNOWN_BASE", f"rotary scaling {kind!r} depends on the longest sequence of a pass")
 
 
-def _describe(model: PreTrainedModel, path: str, name: str, kind: Quantization, num_parameters: int) -> BaseInfo:
+def describe(model: PreTrainedModel, path: str, name: str, kind: Quantization, num_parameters: int) -> BaseInfo:
+    """Return what does not change about a base."""
     config = model.config.get_text_config()
     generation: GenerationConfig | None = model.generation_config
     eos = generation.eos_token_id if generation is not None else None

@@ -37,12 +37,8 @@ def load_whole(path_or_name: str, dtype: torch.dtype, device: torch.device) -> P
     return model
 
 
-@torch.no_grad()
-def load_shard(path_or_name: str, dtype: torch.dtype, shard: Shard) -> tuple[PreTrainedModel, int]:
-    """Return the model with this rank's rows of its linears and embedding, and how many parameters the whole has.
-
-    UNKNOWN_BASE if it cannot be read, or if its files do not name their tensors as the model does.
-    """
+def load_outline(path_or_name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Path]:
+    """Return the model without any weights, and the folder of its files; UNKNOWN_BASE if there is none."""
     try:
         config = AutoConfig.from_pretrained(path_or_name)
         with init_empty_weights(include_buffers=False):
@@ -54,6 +50,16 @@ def load_shard(path_or_name: str, dtype: torch.dtype, shard: Shard) -> tuple[Pre
         model.generation_config = _generation_config(folder) or model.generation_config
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise EngineError("UNKNOWN_BASE", f"cannot load {path_or_name!r}: {error}") from error
+    return model, folder
+
+
+@torch.no_grad()
+def load_shard(path_or_name: str, dtype: torch.dtype, shard: Shard) -> tuple[PreTrainedModel, int]:
+    """Return the model with this rank's rows of its linears and embedding, and how many parameters the whole has.
+
+    UNKNOWN_BASE if it cannot be read, or if its files do not name their tensors as the model does.
+    """
+    model, folder = load_outline(path_or_name, dtype)
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise EngineError("UNKNOWN_BASE", "the model has no embedding that could be spread over ranks")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treadle_engine.base_model import BaseModel
+from treadle_engine.base_model import KnownBase
 from treadle_engine.errors import EngineError
 from treadle_engine.lora import MAX_RANK, AdapterWeights, LoraConfig, LoraSite, tensor_name
 from treadle_engine.tensor_files import read_tensors, to_parts
@@ -42,7 +42,7 @@ _UNSUPPORTED = (
 )
 
 
-def to_files(base: BaseModel, weights: AdapterWeights, dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
+def to_files(base: KnownBase, weights: AdapterWeights, dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
     """Return the two files of a PEFT folder, by name."""
     return {
         CONFIG_FILE: config_file(base, weights.config),
@@ -50,7 +50,7 @@ def to_files(base: BaseModel, weights: AdapterWeights, dtype: torch.dtype = torc
     }
 
 
-def config_file(base: BaseModel, config: LoraConfig) -> bytes:
+def config_file(base: KnownBase, config: LoraConfig) -> bytes:
     """Return `adapter_config.json` of adapters with this configuration."""
     targets = _target_modules(base.sites, base.lora_sites(config))
     return _config_file(base.info.plain_name, config, tuple(targets))
@@ -62,7 +62,7 @@ def weights_parts(weights: AdapterWeights, dtype: torch.dtype) -> list[memoryvie
     return to_parts({f"{_PREFIX}{name}": tensor.detach().to(dtype) for name, tensor in named})
 
 
-def from_files(base: BaseModel, files: Mapping[str, bytes | Path]) -> AdapterWeights:
+def from_files(base: KnownBase, files: Mapping[str, bytes | Path]) -> AdapterWeights:
     """Read a PEFT adapter; BAD_ADAPTER_FILE if it is malformed, INCOMPATIBLE_ADAPTER if the base has no place for it.
 
     A file is given by its bytes or by where it lies; from there the weights are mapped, not read into memory first.
@@ -89,20 +89,20 @@ def from_files(base: BaseModel, files: Mapping[str, bytes | Path]) -> AdapterWei
     return weights
 
 
-def save_adapter(folder: Path, base: BaseModel, weights: AdapterWeights, dtype: torch.dtype = torch.float32) -> None:
+def save_adapter(folder: Path, base: KnownBase, weights: AdapterWeights, dtype: torch.dtype = torch.float32) -> None:
     """Write a PEFT folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in to_files(base, weights, dtype).items():
         (folder / name).write_bytes(content)
 
 
-def load_adapter(folder: Path, base: BaseModel) -> AdapterWeights:
+def load_adapter(folder: Path, base: KnownBase) -> AdapterWeights:
     """Read a PEFT folder; see `from_files`."""
     names = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).is_file()]
     return from_files(base, {name: (folder / name).read_bytes() for name in names})
 
 
-def _lacks_sites(base: BaseModel, config: LoraConfig, named: Mapping[str, Tensor]) -> bool:
+def _lacks_sites(base: KnownBase, config: LoraConfig, named: Mapping[str, Tensor]) -> bool:
     """Tell whether a site that the configuration covers has no weights in the file."""
     return any(tensor_name(site, letter) not in named for site in base.lora_sites(config) for letter in "AB")
 
@@ -169,7 +169,7 @@ def _strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
 
 
-def _lora_config(base: BaseModel, settings: Mapping[str, Any], named: Mapping[str, Tensor]) -> LoraConfig:
+def _lora_config(base: KnownBase, settings: Mapping[str, Any], named: Mapping[str, Tensor]) -> LoraConfig:
     kinds = {site.kind for site in base.sites if tensor_name(site, "A") in named or tensor_name(site, "B") in named}
     if not kinds:
         raise EngineError("INCOMPATIBLE_ADAPTER", "no tensor of the adapter belongs to a linear of this base")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from treadle.errors import make_error
-from treadle_engine.decode_base import DecodeBase
+from treadle_engine.base_model import KnownBase
 from treadle_engine.decode_requests import CacheCounts, DecodeEvent, FailedEvent, SampleRequest
 from treadle_engine.errors import EngineError
 from treadle_sampler.backend import SamplerBackend
@@ -62,11 +62,11 @@ class EngineLoop:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="sampler-engine", daemon=True)
 
-    async def start(self, load: Callable[[], tuple[DecodeBase, SamplerBackend]]) -> DecodeBase:
+    async def start(self, load: Callable[[], tuple[KnownBase, SamplerBackend]]) -> KnownBase:
         """Start the thread, load the base and its decoder on it, and return the base."""
         self._thread.start()
 
-        def make() -> DecodeBase:
+        def make() -> KnownBase:
             base, self._decoder = load()
             return base
 

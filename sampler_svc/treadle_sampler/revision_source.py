@@ -13,7 +13,7 @@ from pathlib import Path
 from treadle.errors import TreadleError, make_error
 from treadle.names import parse_adapter
 from treadle.v1 import adapters_pb2
-from treadle_engine.decode_base import DecodeBase
+from treadle_engine.base_model import KnownBase
 from treadle_engine.errors import EngineError
 from treadle_engine.lora import AdapterWeights
 from treadle_engine.peft_format import CONFIG_FILE, WEIGHTS_FILE, from_files
@@ -27,7 +27,7 @@ log = get_logger(__name__)
 class StoreSource:
     """Revisions of one base; keeps `delta_bytes` of their files to fetch the next ones as differences."""
 
-    def __init__(self, store: StoreClient, base: DecodeBase, delta_bytes: int = 0) -> None:
+    def __init__(self, store: StoreClient, base: KnownBase, delta_bytes: int = 0) -> None:
         self.store, self.base = store, base
         self._delta_bytes = delta_bytes
         self._kept: OrderedDict[str, KnownBlob] = OrderedDict()

@@ -51,6 +51,7 @@ from treadle_engine.tensor_files import read_tensors, to_parts, write_parts
 from treadle_service.logs import get_logger
 from treadle_trainer import probe
 from treadle_trainer.budget import PassBudget, choose_budget
+from treadle_trainer.operations import RANK_BYTES
 from treadle_trainer.spare import SpareGradients
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
@@ -283,7 +284,7 @@ class Device:
 
     def _digest(self, state: TrainState) -> bytes:
         shard = self._base.shard
-        return bytes.fromhex(state.digest()) + (b"" if shard is None else shard.size.to_bytes(2, "little"))
+        return bytes.fromhex(state.digest()) + (b"" if shard is None else shard.size.to_bytes(RANK_BYTES, "little"))
 
 
 def load_device(

@@ -31,7 +31,8 @@ MAX_ANSWER_BYTES: Final = 2_500_000
 """Longest answer: it must fit a journal write and a frame of the stream."""
 
 DIGEST_BYTES: Final = 16
-"""Bytes of a state digest proper; behind them may be the number of ranks that computed the state."""
+RANK_BYTES: Final = 2
+"""Bytes of a state digest proper, and of the number of ranks that stands behind it if several computed the state."""
 
 FloatArray = NDArray[np.float32]
 Split = Callable[[TokenBatch], list[TokenBatch]]
@@ -106,7 +107,10 @@ def kind_of(operation: training_pb2.Operation) -> str:
 
 def differ(digest: bytes, recorded: bytes) -> bool:
     """Tells whether two state digests say that the states differ: not if one is missing or came of other ranks."""
-    return digest != recorded and bool(digest and recorded) and digest[DIGEST_BYTES:] == recorded[DIGEST_BYTES:]
+    if digest == recorded or not digest or not recorded:
+        return False
+    of_other_ranks = digest[DIGEST_BYTES:] != recorded[DIGEST_BYTES:]
+    return not (of_other_ranks and {len(digest), len(recorded)} <= {DIGEST_BYTES, DIGEST_BYTES + RANK_BYTES})
 
 
 def digest_of(operation: training_pb2.Operation) -> int:
