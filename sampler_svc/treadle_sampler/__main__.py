@@ -11,9 +11,12 @@ import grpc
 from treadle.internal.v1 import sampler_pb2, sampler_pb2_grpc
 from treadle.v1 import sampling_pb2, sampling_pb2_grpc
 from treadle_engine import bases
+from treadle_engine.base_model import KnownBase
 from treadle_engine.decode import Decoder
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.determinism import settle
+from treadle_engine.errors import EngineError
+from treadle_engine.outline import BaseOutline
 from treadle_engine.rank_group import Launch, RankGroup
 from treadle_engine.shards import GroupLostError
 from treadle_engine.stops import load_detokenizer
@@ -24,6 +27,7 @@ from treadle_sampler.metrics import readings
 from treadle_sampler.sampler import Sampler
 from treadle_sampler.service import SamplerServicer, SamplerSlot, SamplingServicer
 from treadle_sampler.settings import SamplerSettings
+from treadle_sampler.vllm_backend import VllmBackend
 from treadle_service.interceptors import InternalAuthInterceptor
 from treadle_service.logs import configure_logging
 from treadle_service.ranks import give_up
@@ -75,8 +79,10 @@ async def build(host: ServiceHost, settings: SamplerSettings) -> AsyncIterator[N
         await store.close()
 
 
-def _loader(settings: SamplerSettings, leader: ranks.Leader | None) -> Callable[[], tuple[DecodeBase, SamplerBackend]]:
-    def load() -> tuple[DecodeBase, SamplerBackend]:
+def _loader(settings: SamplerSettings, leader: ranks.Leader | None) -> Callable[[], tuple[KnownBase, SamplerBackend]]:
+    def load() -> tuple[KnownBase, SamplerBackend]:
+        if settings.backend == "vllm":
+            return _load_vllm(settings)
         if leader is None:
             return _load(settings, None)
         try:
@@ -86,6 +92,17 @@ def _loader(settings: SamplerSettings, leader: ranks.Leader | None) -> Callable[
         return base, leader.lead(decoder)
 
     return load
+
+
+def _load_vllm(settings: SamplerSettings) -> tuple[KnownBase, SamplerBackend]:
+    if settings.quantize != "none":
+        raise EngineError("BAD_VALUE", "backend=vllm does not take quantize: vLLM would round the weights otherwise")
+    settle(settings.threads)
+    dtype = "float32" if settings.dtype == "auto" else settings.dtype
+    path, name = bases.resolve(settings.base, settings.cache_dir.expanduser(), dtype)
+    base = BaseOutline.load(path, name=settings.base_name or name, dtype=settings.dtype, device=settings.device)
+    detokenize = load_detokenizer(path)
+    return base, VllmBackend(base, detokenize, max_sequences=settings.max_sequences, options=settings.vllm_options)
 
 
 def _load(settings: SamplerSettings, group: RankGroup | None) -> tuple[DecodeBase, Decoder]:

@@ -15,8 +15,7 @@ from typing import Final
 from treadle.errors import make_error
 from treadle.names import is_adapter, parse_adapter
 from treadle.v1 import admin_pb2
-from treadle_engine.base_model import BaseInfo
-from treadle_engine.decode_base import DecodeBase
+from treadle_engine.base_model import BaseInfo, KnownBase
 from treadle_engine.decode_requests import DecodeEvent, FailedEvent, SampleRequest, TokenEvent
 from treadle_engine.errors import EngineError
 from treadle_engine.lora import AdapterWeights
@@ -38,7 +37,7 @@ class Sampler:
     """One base on one device and the revisions that are sampled from it."""
 
     def __init__(
-        self, settings: SamplerSettings, engine: EngineLoop, base: DecodeBase, store: StoreClient, address: str
+        self, settings: SamplerSettings, engine: EngineLoop, base: KnownBase, store: StoreClient, address: str
     ) -> None:
         self.engine, self.store = engine, store
         self.draining = False

@@ -21,6 +21,14 @@ class SamplerSettings(WorkerSettings):
         default_factory=lambda: f"sampler-{socket.gethostname()}".lower()[:63],
         description="id of this sampler, stable over restarts",
     )
+    backend: Literal["treadle", "vllm"] = Field(
+        "treadle", description="engine that samples: Treadle's own, or vLLM, which needs an environment of its own"
+    )
+    vllm_options: dict[str, str | int | float | bool] = Field(
+        default_factory=dict,
+        description="further arguments of vLLM's engine (its EngineArgs) as JSON, such as max_lora_rank (default 64), "
+        "max_loras (8), tensor_parallel_size",
+    )
     prepack: bool = Field(
         True,
         description="on a CPU, decode over a copy of the base's linears in oneDNN's layout: faster steps, for memory "
