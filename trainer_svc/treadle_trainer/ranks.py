@@ -25,8 +25,8 @@ Command = tuple[str, tuple[Any, ...], dict[str, Any]]  # a method of Device and 
 LOCAL: Final = frozenset(
     method.__name__
     for method in (
-        Device.copy_state, Device.export, Device.gradient, Device.join_thread, Device.num_bytes, Device.split,
-        Device.warm_up,
+        Device.copy_state, Device.copy_weights, Device.export, Device.gradient, Device.join_thread, Device.num_bytes,
+        Device.split, Device.warm_up,
     )
 )  # fmt: skip
 """Methods that change no run: rank 0 alone is asked."""
