@@ -44,6 +44,20 @@ def rules() -> dict:
     return yaml.safe_load((MONITORING / "alerts.yaml").read_text())["spec"]
 
 
+def scalers() -> list[str]:
+    """Returns the queries by which KEDA scales."""
+    files = (KUSTOMIZE / f"components/keda/{role}.yaml" for role in ("trainer", "sampler"))
+    triggers = [trigger for file in files for trigger in yaml.safe_load(file.read_text())["spec"]["triggers"]]
+    return [trigger["metadata"]["query"] for trigger in triggers]
+
+
+def check_promql(name: str, queries: list[str], folder: Path) -> None:
+    """Has Prometheus read queries as the expressions of rules."""
+    group = {"name": name, "rules": [{"record": f"q:{i}", "expr": query} for i, query in enumerate(queries)]}
+    (folder / "rules.yaml").write_text(yaml.safe_dump({"groups": [group]}))
+    run(promtool(), "check", "rules", str(folder / "rules.yaml"))
+
+
 def queries_of(name: str) -> list[str]:
     """Returns the queries of a dashboard."""
     dashboard = json.loads((MONITORING / f"dashboards/{name}.json").read_text())
@@ -76,10 +90,13 @@ def test_dashboards_are_what_the_script_writes(name: str) -> None:
 @pytest.mark.parametrize("name", dashboards.DASHBOARDS)
 def test_every_query_is_promql(name: str, tmp_path: Path) -> None:
     """Read by Prometheus as the expression of a rule."""
-    queries = [query.replace("$__rate_interval", "5m") for query in queries_of(name)]
-    group = {"name": name, "rules": [{"record": f"q:{i}", "expr": query} for i, query in enumerate(queries)]}
-    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [group]}))
-    run(promtool(), "check", "rules", str(tmp_path / "rules.yaml"))
+    check_promql(name, [query.replace("$__rate_interval", "5m") for query in queries_of(name)], tmp_path)
+
+
+def test_what_scales_workers_is_promql_also_by_base(tmp_path: Path) -> None:
+    """The queries, and the one for several bases that stands at the head of the trainers' file."""
+    (by_base,) = re.findall(r"^# (sum\(.*\))$", (KUSTOMIZE / "components/keda/trainer.yaml").read_text(), re.MULTILINE)
+    check_promql("scalers", [*scalers(), by_base], tmp_path)
 
 
 @pytest.mark.timeout(300)
@@ -90,12 +107,8 @@ def test_what_is_asked_for_is_served_and_what_is_served_is_shown(observed: Obser
         metric for name in dashboards.DASHBOARDS for query in queries_of(name) for metric in _METRIC.findall(query)
     }
     alerts = {metric for rule in rules()["groups"][0]["rules"] for metric in _METRIC.findall(rule["expr"])}
-    scalers = {
-        metric
-        for file in (KUSTOMIZE / "components/keda").glob("*.yaml")
-        for metric in _METRIC.findall(file.read_text())
-    }
-    assert not (panels | alerts | scalers) - served
+    scaling = {metric for query in scalers() for metric in _METRIC.findall(query)}
+    assert not (panels | alerts | scaling) - served
     shown = {_family(metric) for metric in panels | alerts}
     assert not {_family(metric) for metric in served} - shown
 

@@ -128,6 +128,25 @@ async def test_capabilities_merge_the_bases_of_live_workers(store):
     assert (told.bases[0].trainable, told.bases[0].sampleable) == (False, True)
 
 
+async def test_workers_are_listed_by_kind_and_base(store):
+    """Trainers ask for those that they may hand runs to; the load is as they reported it."""
+    trainer, sampler = admin_pb2.WORKER_KIND_TRAINER, admin_pb2.WORKER_KIND_SAMPLER
+    for worker, kind, base in (("t0", trainer, "a"), ("t1", trainer, "b"), ("s0", sampler, "a")):
+        beat = workers_pb2.HeartbeatRequest(
+            worker=admin_pb2.Worker(worker=worker, kind=kind, base=base, load=1.5), ttl=Duration(seconds=60)
+        )
+        await store.workers.Heartbeat(beat)
+
+    async def listed(**wanted) -> list[tuple[str, float]]:
+        answer = await store.workers.ScanWorkers(workers_pb2.ScanWorkersRequest(**wanted))
+        return [(entry.worker.worker, entry.worker.load) for entry in answer.workers]
+
+    assert await listed(kind=trainer, base="a") == [("t0", 1.5)]
+    assert await listed(base="a") == [("s0", 1.5), ("t0", 1.5)]
+    assert await listed(kind=trainer) == [("t0", 1.5), ("t1", 1.5)]
+    assert await listed(base="c") == []
+
+
 async def test_bad_heartbeats_are_refused(store):
     """A worker has a name, a kind and a time to live."""
     kind = admin_pb2.WORKER_KIND_TRAINER
