@@ -53,6 +53,10 @@ async def test_half_of_the_runs_move_to_a_trainer_that_joins(tmp_path: Path) -> 
             await asyncio.gather(*(go_on(benches, run, operations, results) for run, results in pairs))
             holders = [await holder_of(first, run) for run in runs]
             assert sorted(holders) == ["trainer-0", "trainer-0", "trainer-1", "trainer-1"]
+            gone = next(run for run, holder in zip(runs, holders, strict=True) if holder == "trainer-1")
+            # A gateway that has not heard of the move: its caller must not wait until the lease ends.
+            error = from_rpc_error(await refused(lambda: first.wait(gone, 1)))
+            assert (error.reason, error.retry_after_seconds) == ("LEASE_HELD", 0.1)
             passes = {run for one in await second.passes() for run in (share.run for share in one.shares)}
             assert passes == {run for run, holder in zip(runs, holders, strict=True) if holder == "trainer-1"}
     assert [numbers(results) for results in found] == [expected] * 4

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Final
 
 from treadle import names
-from treadle.errors import LimitError, TreadleError, make_error
+from treadle.errors import LimitError, TreadleError, UnavailableError, make_error
 from treadle.internal.v1 import journal_pb2, trainer_pb2, workers_pb2
 from treadle.v1 import admin_pb2, types_pb2
 from treadle_service import failpoints
@@ -45,6 +45,7 @@ HAND_OVER_SECONDS: Final = 60.0
 _HAND_OVERS_AT_ONCE: Final = 4
 _HOUSEKEEPING_SECONDS: Final = 1.0
 _ASKED_AT_ONCE: Final = 1000
+_HELD_SECONDS: Final = 0.1
 log = get_logger(__name__)
 
 
@@ -273,14 +274,24 @@ class Trainer:
     async def _claim(self, name: str) -> journal_pb2.ClaimRunResponse:
         """Takes the lease; a tenant with as many active runs as it may have gives up one that nobody uses."""
         try:
-            return await self._store.claim(name, self.settings.worker, self.address, self.settings.lease_seconds)
+            return await self._ask_for_lease(name)
         except LimitError:
             tenant = names.parse_run(name).tenant
             unused = next((run for run in self._idle(0.0) if run.facts.tenant == tenant), None)
             if unused is None:
                 raise
         await self.evict(unused.name)
-        return await self._store.claim(name, self.settings.worker, self.address, self.settings.lease_seconds)
+        return await self._ask_for_lease(name)
+
+    async def _ask_for_lease(self, name: str) -> journal_pb2.ClaimRunResponse:
+        try:
+            return await self._store.claim(name, self.settings.worker, self.address, self.settings.lease_seconds)
+        except UnavailableError as error:
+            if error.reason != "LEASE_HELD":
+                raise
+            # The store says when the lease ends; but its holder is alive or soon found dead, and whoever asks again is
+            # sent there.
+            raise make_error("LEASE_HELD", error.message, _HELD_SECONDS) from error
 
     async def _hand_over(
         self, resident: Resident, error: TreadleError, then: Callable[[], Awaitable[None]] | None
