@@ -3,6 +3,9 @@
 A writer is a run whose operations are appended and committed one after the other through the store's gRPC interface,
 as a trainer does it; many writers at once share commits. Every acknowledged write was synced to the disk. Beside it
 stands what the disk itself takes for a write and an fsync. PostgreSQL is a server that the benchmark starts.
+
+What durability adds to an operation is measured in a whole deployment: the append runs beside the computation, so a
+result waits for it only where it was there first.
 """
 
 import argparse
@@ -12,17 +15,23 @@ import signal
 import tempfile
 import threading
 import time
+import urllib.request
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, event
 
 from tests.store.conftest import TOKEN, Caller, serve
 from tests.store.process import StoreProcess
 from tests.store.test_maintenance import result
+from tests.support.cluster import Cluster, free_port
 from tests.support.postgres import PostgresServer
+from treadle import AdamParams, Datum, ModelInput, ServiceClient
 from treadle.internal.v1 import journal_pb2
 from treadle.v1 import training_pb2
 from treadle_service.channels import open_channel
@@ -37,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="length of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="rounds; the databases alternate")
     parser.add_argument("--writers", nargs="+", type=int, default=[1, 8, 64], help="runs that write at once")
+    parser.add_argument("--steps", type=int, default=100, help="training steps whose added latency is measured")
     parser.add_argument("--payload", type=int, default=8192, help="bytes of an operation: 1,000 tokens")
 
 
@@ -61,7 +71,55 @@ async def _measure_all(options: argparse.Namespace, server: PostgresServer) -> l
                     place = Path(folder) / f"{name}-{writers}-{round_}"
                     found[name].append(await _measure(url, place, writers, options))
             rows += [row for name, samples in found.items() for row in _rows(name, writers, samples)]
+        for name in urls:
+            # The others have rows already, and a deployment of its own comes first to an empty one.
+            url = f"sqlite:///{folder}/own.db" if name == "SQLite" else server.new_database()
+            rows += await asyncio.to_thread(_added, name, url, Path(folder) / f"{name}-added", options.steps)
     return rows
+
+
+def _added(name: str, url: str, folder: Path, steps: int) -> list[Row]:
+    """Trains in a whole deployment, synchronously and with steps queued ahead, and asks the trainer what waited."""
+    metrics = f"127.0.0.1:{free_port()}"
+    settings = {"TREADLE_STORE_DATABASE_URL": url, "TREADLE_TRAINER_METRICS_LISTEN": metrics}
+    rows: list[Row] = []
+    with closing(Cluster(folder, settings=settings)) as cluster:
+        cluster.start()
+        for ahead in (0, 4):
+            with ServiceClient(cluster.gateway_address, cluster.new_tenant()) as service:
+                _train(service, 3, ahead)
+                before = _scrape(metrics)
+                _train(service, steps, ahead)
+                added, whole = (after - then for after, then in zip(_scrape(metrics), before, strict=True))
+            value = f"{1e3 * added / (2 * steps):.2f} ms of {1e3 * whole / (2 * steps):.1f} ms"
+            how = f"{ahead} steps ahead" if ahead else "one step at a time"
+            rows.append({"figure": f"{name}: added to an operation by durability, mean, {how}", "value": value})
+    return rows
+
+
+def _train(service: ServiceClient, steps: int, ahead: int) -> None:
+    client = service.create_lora_training_client("treadle/pip", rank=16)
+    tokens = np.arange(1, 257) % 1000
+    datum = Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": np.ones(255)})
+    waiting = []
+    for _ in range(steps):
+        client.forward_backward([datum] * 4, "cross_entropy")
+        waiting.append(client.optim_step(AdamParams(learning_rate=1e-4)))
+        if len(waiting) > ahead:
+            waiting.pop(0).result(120)
+    for handle in waiting:
+        handle.result(120)
+
+
+def _scrape(address: str) -> tuple[float, float]:
+    """Returns the seconds that results were withheld, and those from acceptance to result, since the start."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    sums: dict[str, float] = {}
+    for sample in (sample for family in families for sample in family.samples):
+        sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    withheld = sums["treadle_trainer_withheld_seconds_sum"]
+    return withheld, withheld + sums["treadle_trainer_operation_seconds_sum"]
 
 
 class _Sample:

@@ -119,6 +119,7 @@ TRAINING = (
     Panel("Memory of states", (("sum by (pod) (treadle_trainer_state_bytes)", "{{pod}}"),), "bytes"),
     Panel("Streams", (("sum by (pod) (treadle_trainer_streams)", "{{pod}}"),)),
     Panel("Journal write", _quantiles("treadle_trainer_journal_write_seconds"), "s"),
+    Panel("Results withheld until durable", _quantiles("treadle_trainer_withheld_seconds"), "s"),
     Panel("Runs in a journal write", _quantiles("treadle_trainer_journal_write_runs")),
     Panel(
         "Results not durable yet",

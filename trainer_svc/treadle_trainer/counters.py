@@ -11,6 +11,11 @@ from treadle_service.metrics import COUNTS, SECONDS
 _OPERATIONS = Counter("treadle_trainer_operations_total", "Operations that ended", ["kind", "reason"])
 _QUEUED = Histogram("treadle_trainer_queued_seconds", "From acceptance to start", ["kind"], buckets=SECONDS)
 _ANSWERED = Histogram("treadle_trainer_operation_seconds", "From acceptance to result", ["kind"], buckets=SECONDS)
+WITHHELD: Final = Histogram(
+    "treadle_trainer_withheld_seconds",
+    "What durability adds: from a result that is there to the one that may be shown",
+    buckets=SECONDS,
+)
 _PASS_SECONDS = Histogram("treadle_trainer_pass_seconds", "Passes over the base", buckets=SECONDS)
 _PASS_RUNS = Histogram("treadle_trainer_pass_runs", "Runs that share a pass", buckets=COUNTS)
 _PASS_TOKENS = Histogram("treadle_trainer_pass_tokens", "Positions of a pass", buckets=[2**n for n in range(4, 18)])

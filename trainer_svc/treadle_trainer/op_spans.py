@@ -7,6 +7,7 @@ operation whoever else traces. Knows nothing of what operations do.
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class OpSpans:
         self._run = run
         self._facts: Attributes = {"tenant": tenant, "epoch": epoch}
         self._ended: list[_Ended] = []
+        self._unshown: deque[tuple[int, float]] = deque()
 
     def concluded(self, op: QueuedOp[Any], reason: str, *, replayed: bool) -> None:
         """Hears of an operation's end, `reason` being its error's or OK; a replayed one ended long ago."""
@@ -42,6 +44,7 @@ class OpSpans:
             counters.REPLAYED.inc()
         else:
             counters.operation_ended(op.kind, reason, started - op.accepted_at, now - op.accepted_at)
+            self._unshown.append((op.seq, now))
         if not TRACING.keeps(self._run, op.seq):
             return
         began, ended = unix_time(started), unix_time(now)
@@ -53,6 +56,11 @@ class OpSpans:
         if op.kind not in BATCHED and op.started_at is not None:
             TRACING.op_span(op.kind, self._run, op.seq, began, ended)
         self._ended.append(_Ended(op.seq, op.kind, accepted, ended, {**self._facts, "reason": reason}))
+
+    def shown(self, seq: int) -> None:
+        """Hears up to where results may be shown."""
+        while self._unshown and self._unshown[0][0] <= seq:
+            counters.WITHHELD.observe(time.monotonic() - self._unshown.popleft()[1])
 
     def committed(self, seq: int) -> None:
         """Hears up to where results are durable."""

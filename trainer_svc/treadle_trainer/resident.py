@@ -279,6 +279,7 @@ class Resident:
             )
             self._writer.commit(self.name, commit)
             if self.results.put(op.seq, StoredResult(data, failed)):
+                self._spans.shown(self.results.shown_seq)
                 self.announce()
         self._wake()
         return finished.drop_gradient
@@ -288,6 +289,7 @@ class Resident:
         self._release(written.committed_seq or 0)
         self.results.mark_appended(written.appended_seq or 0)
         self.results.mark_committed(written.committed_seq or 0)
+        self._spans.shown(self.results.shown_seq)
         self._spans.committed(self.results.committed_seq)
         self._tell_acked()
         self.announce()
