@@ -98,7 +98,7 @@ class _Bank:
     def _copy(self, slot: int, weights: AdapterWeights) -> None:
         factor = weights.scale / self.scale  # a power of two: B keeps its bits
         for number, group in enumerate(self._groups):
-            blocks = [weights.views.block(site.index, 1) for site in group]
+            blocks = [weights.views(self._dtype).block(site.index, 1) for site in group]
             present = [block for block in blocks if block is not None]
             if not present and number not in self._a_SLI:
                 continue

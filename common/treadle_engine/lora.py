@@ -169,7 +169,7 @@ class FlatViews:
 
 
 class AdapterWeights:
-    """One adapter's weights: flat float32 master, views per site, and a copy in the products' dtype if that differs."""
+    """One adapter's weights: flat float32 master, views per site, and copies in other dtypes that products need."""
 
     def __init__(self, base: AdapterBase, config: LoraConfig, flat: Tensor | None = None) -> None:
         """Take over `flat` (float32, the layout's length) or start from zeros."""
@@ -181,10 +181,7 @@ class AdapterWeights:
         if flat.shape != (self.layout.num_elements,) or flat.dtype != torch.float32:
             raise EngineError("INCOMPATIBLE_ADAPTER", f"expected {self.layout.num_elements} float32 values")
         self.flat = flat
-        dtype = product_dtype(base.dtype, base.device)
-        self._shadow = flat if dtype == torch.float32 else flat.to(dtype)
-        self.views = FlatViews(self.layout, self._shadow)
-        self.pairs = self.layout.pairs(self._shadow)
+        self._views = {torch.float32: FlatViews(self.layout, flat)}
         self._gradient_views: FlatViews | None = None
 
     @classmethod
@@ -232,9 +229,16 @@ class AdapterWeights:
         return hashlib.sha256(self.flat.detach().cpu().numpy().data).hexdigest()
 
     def refresh(self) -> None:
-        """Bring the compute copy up to date after the master was changed."""
-        if self._shadow is not self.flat:
-            self._shadow.copy_(self.flat)
+        """Bring the copies up to date after the master was changed."""
+        for views in self._views.values():
+            if views.flat is not self.flat:
+                views.flat.copy_(self.flat)
+
+    def views(self, dtype: torch.dtype) -> FlatViews:
+        """Return views of the weights in a dtype that products are in; the copy is made when it is first asked for."""
+        if dtype not in self._views:
+            self._views[dtype] = FlatViews(self.layout, self.flat.to(dtype))
+        return self._views[dtype]
 
     def views_of(self, grads: Tensor) -> FlatViews:
         """Return views of a gradient buffer; those of the latest one are kept."""
@@ -245,8 +249,7 @@ class AdapterWeights:
     @property
     def num_bytes(self) -> int:
         """Memory held, in bytes."""
-        shadow = 0 if self._shadow is self.flat else self._shadow.nbytes
-        return self.flat.nbytes + shadow
+        return sum(views.flat.nbytes for views in self._views.values())
 
     def _masters(self) -> list[tuple[LoraSite, Pair]]:
         pairs = self.layout.pairs(self.flat)
@@ -274,15 +277,13 @@ class Segment:
     share: Block | None = None
     """At a site that the rows come to in several parts: where these are summed until `close_share`."""
 
-    def pair(self, site: int) -> Pair | None:
-        """Return (A, B) in the products' dtype at a site, None where this segment is the plain base."""
-        if self.weights is None or site >= len(self.weights.pairs):
-            return None
-        return self.weights.pairs[site]
+    def product_dtype(self, stream: Tensor) -> torch.dtype:
+        """Return the dtype of products with rows of `stream`: it follows from the segment's own length."""
+        return product_dtype(stream.dtype, stream.device, self.stop - self.start)
 
-    def block(self, first: int, count: int) -> Block | None:
+    def block(self, first: int, count: int, dtype: torch.dtype) -> Block | None:
         """Return the weights of `count` neighbouring sites, None where this is the plain base."""
-        return None if self.weights is None else self.weights.views.block(first, count)
+        return None if self.weights is None else self.weights.views(dtype).block(first, count)
 
     def gradient_block(self, first: int, count: int) -> Block | None:
         """Return the views of `grads` at `count` neighbouring sites, None when no gradient is wanted."""
@@ -370,15 +371,16 @@ class SegmentedLinear(nn.Linear):
         """Return y_MO of each linear of one group, which share their input, and each segment's low_SN."""
         ys = cls.base_products(linears, x_MI)
         lows: list[Tensor | None] = []
-        dtype = product_dtype(x_MI.dtype, x_MI.device)
-        (x_MI,) = _for_products(dtype, segments, (x_MI,))
+        streams = _Streams(segments, (x_MI,))
         for segment in segments:
-            block = segment.block(linears[0].site, len(linears))
+            dtype = segment.product_dtype(x_MI)
+            block = segment.block(linears[0].site, len(linears), dtype)
             if block is None or segment.weights is None:
                 lows.append(None)
                 continue
             rows = slice(segment.start, segment.stop)
-            lows.append(add_lora(block, x_MI[rows].to(dtype), [y_MO[rows] for y_MO in ys], segment.weights.scale))
+            (x_NI,) = streams.rows(rows, dtype)
+            lows.append(add_lora(block, x_NI, [y_MO[rows] for y_MO in ys], segment.weights.scale))
         return ys, lows
 
     def project_backward(
@@ -405,21 +407,24 @@ class SegmentedLinear(nn.Linear):
         """Do what `project_backward` does for a group, given the gradient g_MO of each of its outputs."""
         g_MI = cls.base_input_gradient(linears, gradients) if need_input else None
         first, count = linears[0].site, len(linears)
-        dtype = product_dtype(x_MI.dtype, x_MI.device)
-        x_MI, *gradients = _for_products(dtype, segments, (x_MI, *gradients))
+        streams = _Streams(segments, (x_MI, *gradients))
         for segment, low_SN in zip(segments, lows, strict=True):
-            block, total = segment.block(first, count), segment.gradient_block(first, count)
-            if low_SN is None or block is None or segment.weights is None or (g_MI is None and total is None):
+            if low_SN is None or segment.weights is None:
+                continue
+            # That of the forward pass, where the segment may have had more rows.
+            dtype = low_SN.dtype
+            block, total = segment.block(first, count, dtype), segment.gradient_block(first, count)
+            if block is None or (g_MI is None and total is None):
                 continue
             scale, rows = segment.weights.scale, slice(segment.start, segment.stop)
-            own = [g_MO[rows].to(dtype) for g_MO in gradients]
+            x_NI, *own = streams.rows(rows, dtype)
             g_SN = low_gradient(block, own)
             if g_MI is not None:
                 add_to_input_gradient(block, g_SN, g_MI[rows], scale)
             if total is not None:
                 in_place = total if segment.fresh else segment.share
                 share = total.zeros() if in_place is None else in_place
-                add_gradients(share, g_SN, low_SN, x_MI[rows].to(dtype), own, scale)
+                add_gradients(share, g_SN, low_SN, x_NI, own, scale)
                 if in_place is None:
                     total.add(share)
         return g_MI
@@ -445,14 +450,22 @@ class _SegmentedLora(torch.autograd.Function):
         return ctx.linear.project_backward(g_MO, x_MI, ctx.lows, ctx.segments, need_input), None, None
 
 
-def _for_products(dtype: torch.dtype, segments: Sequence[Segment], streams: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the streams in the dtype of LoRA's products where segments are short, to save a conversion for each.
+class _Streams:
+    """Streams whose rows are taken segment by segment, in the dtype of its products."""
 
-    Those of long segments are converted one by one, while they are in the cache: the bits are the same.
-    """
-    if len(segments) * _SHORT < streams[0].shape[0]:
-        return streams
-    return [stream_MI.to(dtype) for stream_MI in streams]
+    def __init__(self, segments: Sequence[Segment], streams: Sequence[Tensor]) -> None:
+        """Convert them as a whole where segments are short, to save a conversion for each.
+
+        Those of long segments are converted one by one, while they are in the cache: the bits are the same.
+        """
+        self._streams = streams
+        short = len(segments) * _SHORT >= streams[0].shape[0]
+        self._wide = [stream.float() for stream in streams] if short and streams[0].device.type == "cpu" else streams
+
+    def rows(self, rows: slice, dtype: torch.dtype) -> list[Tensor]:
+        """Return rows of each stream."""
+        source = self._wide if dtype == torch.float32 else self._streams
+        return [stream[rows].to(dtype) for stream in source]
 
 
 def _aligned(offset: int) -> int:
