@@ -30,8 +30,11 @@ from treadle import AdamParams, Datum, ModelInput, ServiceClient, TensorData
 from treadle.training import TrainingClient
 from treadle_engine import bases
 from treadle_engine.base_model import BaseModel
+from treadle_engine.batch import TokenBatch
 from treadle_engine.determinism import settle
-from treadle_trainer import probe
+from treadle_engine.lora import AdapterWeights, LoraConfig
+from treadle_engine.losses import LossSpec
+from treadle_engine.passes import Chunk, TrainingEngine
 
 BASE = "treadle/pip"
 LENGTH = 500
@@ -61,11 +64,20 @@ def run(options: argparse.Namespace) -> list[Row]:
 
 
 def seconds_per_token() -> float:
-    """Returns what a position of a chunk takes on one thread, by the trainer's own probe."""
+    """Returns the processor time that a position of a chunk takes on one thread: the median of some real passes."""
     settle(1)
-    cost = probe.measure(BaseModel.load(str(bases.pip_folder()), name=BASE, dtype="float32"))
-    chunk = np.array([LENGTH, LENGTH], np.int64)
-    return (cost.fixed_seconds + cost.seconds(chunk)) / float(chunk.sum())
+    base = BaseModel.load(str(bases.pip_folder()), name=BASE, dtype="float32")
+    engine = TrainingEngine(base)
+    weights = AdapterWeights.init(base, LoraConfig(rank=32))
+    tokens = np.arange(2 * LENGTH, dtype=np.int32) % 500
+    columns = {"weights": np.ones(2 * LENGTH, np.float32)}
+    batch = TokenBatch(np.array([LENGTH, LENGTH], np.int64), tokens, tokens, columns)
+    taken = []
+    for _ in range(7):
+        began = time.process_time()
+        engine.run_pass([Chunk(engine.apart(weights), batch, LossSpec("cross_entropy"))])
+        taken.append(time.process_time() - began)
+    return median(taken) / (2 * LENGTH)
 
 
 class Trainers(Cluster):

@@ -1,5 +1,6 @@
 """One user's big batch over several trainers: the bits of one trainer, whoever helps, refuses, computes otherwise."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -153,26 +154,31 @@ async def test_a_chunk_that_fails_fails_its_operation_as_it_would_alone(tmp_path
 
 
 async def test_a_helpers_own_tenants_keep_their_share(tmp_path: Path) -> None:
-    """While a helper's own tenant has work waiting, guests take no more of the passes than one tenant may."""
-    own = {"rows": 2, "length": 400}
+    """While a helper's own tenant has work waiting, guests get no more of the passes than one tenant may."""
+    own = {"rows": 2, "length": 500}
     async with trainers(tmp_path, 2, max_tokens_per_pass=2048) as (home, helper):
         mine, theirs = await helper.new_run("light"), await home.new_run("acme")
         async with helper.stream(mine, "light") as light, home.stream(theirs) as heavy:
             # The run is claimed before its turn comes.
             await light.send(forward_backward(1, **own))
             await light.results(1)
-            await heavy.send(*(forward_backward(seq, seed=seq, **BIG) for seq in range(1, 5)))
-            await heavy.results(1)
-            for seq in range(2, 12, 2):
-                await light.send(forward_backward(seq, seed=seq, **own), forward_backward(seq + 1, seed=seq, **own))
-                await light.results(2)
-            await heavy.results(3)
-        passes = await helper.passes()
-    tokens = [{share.run: share.num_tokens for share in one.shares} for one in passes]
-    assert any(theirs in one for one in tokens)
-    both = [one for one in tokens if mine in one and theirs in one]
-    # A chunk of each fits a pass: whenever both wait, both are in it.
-    assert all(one[theirs] <= 1024 for one in both)
+            await heavy.send(*(forward_backward(seq, seed=seq, **BIG) for seq in range(1, 9)))
+            while not any(theirs in one for one in await tokens_of(helper)):
+                await asyncio.sleep(0.02)
+            before = len(await tokens_of(helper))
+            await light.send(*(forward_backward(seq, seed=seq, **own) for seq in range(2, 12)))
+            await light.results(10)
+            passes = (await tokens_of(helper))[before:]
+            await heavy.results(8)
+    both = passes[: max(number for number, one in enumerate(passes, 1) if mine in one)]
+    first = next(number for number, one in enumerate(both) if mine in one)
+    guests, owned = (sum(one.get(run, 0) for one in both[first:]) for run in (theirs, mine))
+    assert guests <= owned + 2048
+
+
+async def tokens_of(bench: Bench) -> list[dict[str, int]]:
+    """Returns the positions by run of each pass of a trainer."""
+    return [{share.run: share.num_tokens for share in one.shares} for one in await bench.passes()]
 
 
 async def test_tenants_may_not_lend(tmp_path: Path) -> None:
