@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 
 from tests.trainer.harness import (
     Bench,
+    batch,
     columns,
     forward_backward,
     metadata_of,
@@ -47,10 +48,11 @@ async def trainers(folder: Path, count: int, **changes: object) -> AsyncIterator
 
 
 def big_steps() -> list[training_pb2.Operation]:
-    """Returns a step of two big forward_backwards with a small one behind them, and one of a big one alone."""
-    operations = [forward_backward(seq, seed=seq, **BIG) for seq in (1, 2)]
-    operations += [forward_backward(3, seed=3), optim_step(4)]
-    return [*operations, forward_backward(5, seed=5, **BIG), optim_step(6)]
+    """Returns a step of a big forward_backward, a forward and a small batch, and one of a big batch alone."""
+    loss = training_pb2.LossFn(name="cross_entropy")
+    forward = training_pb2.Operation(seq=2, forward=training_pb2.Forward(batch=batch(2, **BIG), loss_fn=loss))
+    first = [forward_backward(1, seed=1, **BIG), forward, forward_backward(3, seed=3), optim_step(4)]
+    return [*first, forward_backward(5, seed=5, **BIG), optim_step(6)]
 
 
 async def train(bench: Bench, operations: list[training_pb2.Operation]) -> list[bytes]:

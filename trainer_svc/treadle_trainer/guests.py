@@ -71,7 +71,7 @@ class Guests:
     """Everybody whose chunks are computed here."""
 
     def __init__(self, executor: Executor, loop: DeviceLoop, device: Device, most_bytes: int) -> None:
-        """Adds the guests' queues to the device loop's; their weights take `most_bytes` at most.
+        """Adds the guests' queues to the device loop's; their weights take `most_bytes` at most, so do gradients.
 
         Of the device its immutable facts are read.
         """
@@ -98,14 +98,15 @@ class Guests:
         """Returns the chunks that wait, by guest."""
         return [guest.queue() for guest in self._guests if guest.waiting]
 
-    def refusal(self, num_tokens: int) -> str:
+    def refusal(self, num_tokens: int, gradient_bytes: int) -> str:
         """Returns why a chunk of so many positions cannot be taken in now, empty if it can."""
         if self.draining:
             return "DRAINING"
         if num_tokens > self.budget.max_tokens:
             return "SEQUENCE_TOO_LONG"
-        busy = self.num_chunks >= MOST_CHUNKS or self.loop.own_waiting_tokens >= self.budget.max_tokens
-        return "QUEUE_FULL" if busy else ""
+        full = self.num_chunks >= MOST_CHUNKS or (self.num_chunks + 1) * gradient_bytes > self._most_bytes
+        busy = self.loop.own_waiting_tokens >= self.budget.max_tokens
+        return "QUEUE_FULL" if full or busy else ""
 
     async def serve(self, requests: AsyncIterator[trainer_pb2.ComputeChunksRequest]) -> AsyncIterator[Response]:
         """Answers one stream; NO_WORKER for a run of another base, QUEUE_FULL when there is no room for its weights."""
@@ -257,7 +258,7 @@ class Guest:
         batch, loss = chunk_wire.decode_chunk(message, self._guests.limits)
         if not self._key:
             raise make_error("BAD_FRAME", "a chunk came before the weights")
-        reason = self._guests.refusal(batch.num_tokens)
+        reason = self._guests.refusal(batch.num_tokens, self.num_bytes)
         if reason:
             self._refuse(message.id, reason)
             return

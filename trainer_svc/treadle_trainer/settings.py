@@ -67,7 +67,9 @@ class TrainerSettings(WorkerSettings):
         4, ge=2, description="how many chunks of a run must wait, at least two passes' time, for others to help"
     )
     fan_out_bytes: int = Field(
-        2**29, ge=0, description="memory for gradients of chunks that others help with, and as much for their weights"
+        2**29,
+        ge=0,
+        description="memory for gradients on their way to runs held here; as much each for gradients and weights of guests",
     )
 
     @field_validator("max_tokens_per_pass")
