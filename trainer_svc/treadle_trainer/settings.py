@@ -69,7 +69,7 @@ class TrainerSettings(WorkerSettings):
     fan_out_bytes: int = Field(
         2**29,
         ge=0,
-        description="memory for gradients on their way to runs held here; as much each for gradients and weights of guests",
+        description="memory for gradients on their way to runs held here, and as much for what others lend",
     )
 
     @field_validator("max_tokens_per_pass")
