@@ -51,7 +51,10 @@ PATIENCE_SECONDS: Final = 5.0
 PATIENCE_FACTOR: Final = 8.0
 """A lent chunk is waited for so long, and so many times as long as it takes here."""
 MOVED_BYTES_PER_SECOND: Final = 300e6
-"""Of a gradient, on its way and into the run's (measured on one machine); a chunk that is faster computed is kept."""
+"""What one processor takes in, checks and adds of gradients (`bench fanout`: 20 MB in 50 ms, loopback), and a margin.
+
+A chunk that is computed in less time than its gradient takes by this is kept.
+"""
 log = get_logger(__name__)
 
 
