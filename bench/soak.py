@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         early, late = found.early_and_late(name)
         rows.append(
             {
-                "figure": f"{name}: own memory, open files, threads, early and late",
+                "figure": f"{name}: anonymous memory, open files, threads, early and late",
                 "value": f"{early.memory >> 20} and {late.memory >> 20} MiB, {early.files} and {late.files}, "
                 f"{early.threads} and {late.threads}",
                 "target": "flat",

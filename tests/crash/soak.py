@@ -36,7 +36,7 @@ class Usage:
     """What one process has of its machine at one moment."""
 
     memory: int
-    """Bytes that are resident and its own."""
+    """Bytes of resident anonymous pages."""
     files: int
     threads: int
 
@@ -99,8 +99,10 @@ def _watch(cluster: Cluster, found: Soak, seconds: float) -> None:
 
 def _usage(pid: int) -> Usage:
     process = psutil.Process(pid)
-    # Pages that are shared with the process that it was forked from become its own one by one: they are no growth.
-    memory = process.memory_full_info().uss
+    # Anonymous pages, those still shared with the process that it was forked from included. Pages of files do not count:
+    # whether they are a process's own depends on who else has the same libraries open.
+    status = Path(f"/proc/{pid}/status").read_text()
+    memory = 1024 * int(status.partition("RssAnon:")[2].split()[0])
     return Usage(memory, process.num_fds(), process.num_threads())
 
 
