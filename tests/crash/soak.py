@@ -99,7 +99,7 @@ def _watch(cluster: Cluster, found: Soak, seconds: float) -> None:
 
 def _usage(pid: int) -> Usage:
     process = psutil.Process(pid)
-    # Anonymous pages, those still shared with the process that it was forked from included. Pages of files do not count:
+    # Anonymous pages, with those still shared with the process that it was forked from. Pages of files do not count:
     # whether they are a process's own depends on who else has the same libraries open.
     status = Path(f"/proc/{pid}/status").read_text()
     memory = 1024 * int(status.partition("RssAnon:")[2].split()[0])
