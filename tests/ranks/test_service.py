@@ -110,6 +110,7 @@ def test_a_group_that_drains_ends_in_order(grouped: Cluster) -> None:
         assert after[-1] < before[0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_group(grouped: Cluster, tmp_path: Path) -> None:
     """Two nodes of one rank each, as the manifest starts them: none waits for ever for one that does not answer."""
     port = free_port()

@@ -280,3 +280,53 @@ def test_the_same_tests_hold_with_vllm() -> None:
     command = [PYTHON, "-m", "pytest", "--noconftest", "-c", "/dev/null", "--rootdir", str(ROOT), "-q", __file__]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not PYTHON, reason="TREADLE_TEST_VLLM_PYTHON names no interpreter with vLLM")
+@pytest.mark.timeout(1800)
+def test_a_sampler_with_vllm_serves_what_a_trainer_publishes(tmp_path: Path) -> None:
+    """The whole service, and its log-probs beside the trainer's."""
+    from tests.support.cluster import Cluster
+    from treadle import AdamParams, Datum, ModelInput, ServiceClient, TensorData
+    from treadle import SamplingParams as Params
+
+    running = Cluster(tmp_path / "cluster")
+    running.folder.mkdir()
+    try:
+        for name in ("store", "trainer", "gateway"):
+            running.launch(name)
+        folders = [ROOT / part for part in ("client", "common", "sampler_svc")]
+        own = {
+            "PYTHONPATH": os.pathsep.join(map(str, folders)),
+            "TREADLE_SAMPLER_BACKEND": "vllm",
+            "TREADLE_SAMPLER_VLLM_OPTIONS": '{"enforce_eager": true, "max_lora_rank": 16}',
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+        with (running.folder / "sampler.log").open("ab") as log:
+            running.processes["sampler"] = subprocess.Popen(
+                [PYTHON, "-m", "treadle_sampler"], env=running.environment("sampler") | own, stdout=log, stderr=log
+            )
+        running.wait_ready()
+        with ServiceClient(running.gateway_address, running.new_tenant()) as service:
+            training = service.create_lora_training_client("treadle/pip", rank=8, seed=3, train_unembed=False)
+            tokens = prompt_of(31).tolist()
+
+            def datum(text: list[int]) -> Datum:
+                inputs = {
+                    "target_tokens": TensorData.from_numpy(np.array(text[1:])),
+                    "weights": TensorData.from_numpy(np.ones(len(text) - 1, dtype=np.float32)),
+                }
+                return Datum(ModelInput.from_ints(text[:-1]), inputs)
+
+            for _ in range(3):
+                training.forward_backward([datum(tokens)], "cross_entropy")
+                training.optim_step(AdamParams(learning_rate=5e-3)).result(120)
+            sampling = training.save_weights_and_get_sampling_client()
+            drawn = sampling.sample(ModelInput.from_ints(tokens[:12]), 1, Params(max_tokens=8, seed=1)).result(300)
+            (sequence,) = drawn.sequences
+            scored = training.forward([datum([*tokens[:12], *sequence.tokens])], "cross_entropy").result(120)
+            expected = scored.loss_fn_outputs[0]["logprobs"].to_numpy()[11:]
+            assert sequence.logprobs is not None
+            assert np.allclose(list(sequence.logprobs), expected, atol=TOLERANCE)
+    finally:
+        running.close()
