@@ -16,9 +16,12 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from bench.workloads import MODELS, base_folder
 
 Row = dict[str, Any]  # Any: JSON values
 
@@ -29,7 +32,7 @@ GROUPS = {"columns": "columns", "FSDP2": "fsdp", "FSDP2, sequences divided": "fs
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds this benchmark's options."""
-    parser.add_argument("--base", default="smollm2")
+    parser.add_argument("--model", default="smollm2", choices=MODELS)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="passes of each way in a turn")
@@ -41,9 +44,11 @@ def run(options: argparse.Namespace) -> list[Row]:
     ways = {ONE: (1, "columns", False), GENERIC: (1, "columns", True)}
     ways |= {f"{options.ranks} ranks, {name}": (options.ranks, way, False) for name, way in GROUPS.items()}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-    for _ in range(options.turns):
-        for name, (ranks, way, generic) in ways.items():
-            turns[name].append(_measure(ranks, way, generic, options))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = base_folder(options.model, Path(scratch))
+        for _ in range(options.turns):
+            for name, (ranks, way, generic) in ways.items():
+                turns[name].append(_measure(folder, ranks, way, generic, options))
     rows = [{"figure": f"weights held by a rank: {name}", "value": _mb(found[0]["weights"])}
             for name, found in turns.items()]  # fmt: skip
     rows += [{"figure": f"most memory that loading took: {name}", "value": _mb(min(one["loading"] for one in found))}
@@ -62,13 +67,13 @@ def run(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _measure(ranks: int, way: str, generic: bool, options: argparse.Namespace) -> dict[str, Any]:
+def _measure(folder: str, ranks: int, way: str, generic: bool, options: argparse.Namespace) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torchrun = [str(Path(sys.executable).with_name("torchrun")), f"--nproc-per-node={ranks}", f"--master-port={port}"]
     command = [*(torchrun if ranks > 1 else [sys.executable])]
-    command += ["--module" if ranks > 1 else "-m", "bench.rank_side", way, "--base", options.base]
+    command += ["--module" if ranks > 1 else "-m", "bench.rank_side", way, "--base", folder]
     command += ["--dtype", options.dtype, "--rounds", str(options.rounds), "--threads", "1"]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

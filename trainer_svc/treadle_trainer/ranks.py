@@ -85,7 +85,7 @@ class Leader:
             return method(device, *args, **kwargs)
         command: Command = (method.__name__, args, kwargs)
         if not self._joined.on_one_host:
-            command = (command[0], tuple(_without_paths(value) for value in args), _without_paths(kwargs))
+            command = (command[0], tuple(without_paths(value) for value in args), without_paths(kwargs))
         try:
             line.share(command)
             return _together(line, device, method, *args, **kwargs)
@@ -154,10 +154,10 @@ def _together(
     return result
 
 
-def _without_paths(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
     """Returns an argument with the contents of files in place of their paths, for ranks that do not see them."""
     if isinstance(value, Path):
         return value.read_bytes()
     if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: without_paths(item) for key, item in value.items()}
     return value
