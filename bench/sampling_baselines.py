@@ -150,7 +150,7 @@ def run_vllm(
         "rounds": rounds,
     }
     done = subprocess.run(
-        [python, str(_VLLM_SIDE)], input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=True
+        [python, "-P", str(_VLLM_SIDE)], input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=True
     )
     answer: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
     return answer

@@ -21,6 +21,8 @@ SERVER_OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    # A client whose last call has just ended may still ping; without this that counts against it for two hours.
+    ("grpc.keepalive_permit_without_calls", 1),
     # Long polls of a gateway share one connection to each worker.
     ("grpc.max_concurrent_streams", 8192),
 )
