@@ -172,12 +172,12 @@ def _allowed(overlay: str) -> set[tuple[str, str, int]]:
     """Returns who may call whom at which port, by what both sides' policies let through."""
     ways: dict[str, set[tuple[str, str, int]]] = {"ingress": set(), "egress": set()}
     for policy in manifests(overlay, "NetworkPolicy"):
-        here = policy["spec"]["podSelector"]["matchLabels"].get("app.kubernetes.io/name", "").removeprefix("treadle-")
+        here = policy["spec"]["podSelector"]["matchLabels"].get("app.kubernetes.io/component", "")
         for way, key in (("ingress", "from"), ("egress", "to")):
             for rule in policy["spec"].get(way, []):
                 for peer in rule.get(key, [{}]):
-                    there = peer.get("podSelector", {}).get("matchLabels", {}).get("app.kubernetes.io/name", "")
-                    other = there.removeprefix("treadle-") or "anyone"
+                    there = peer.get("podSelector", {}).get("matchLabels", {}).get("app.kubernetes.io/component", "")
+                    other = there or "anyone"
                     if "namespaceSelector" in peer:
                         other = peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
                     for port in rule["ports"]:
