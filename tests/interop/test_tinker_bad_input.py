@@ -181,7 +181,6 @@ BODIES: dict[str, tuple[str, bytes, int, str]] = {
     "a run of nobody": ("get_info", b'{"model_id":"s-0123456789abcdef:train:0"}', 404, "there is no run"),
     "a session that is none": ("session_heartbeat", b'{"session_id":"me"}', 403, "Invalid session_id"),
     "an early metadata poll of a sample that is gone": ("retrieve_future", b'{"request_id":"m-abc"}', 410, "gone"),
-    "publishing": ("training_runs/r/checkpoints/weights/x/publish", b"", 403, "never public"),
     "a loss to be uploaded": ("create_custom_loss", b"{}", 400, "forward_backward_custom"),
 }
 

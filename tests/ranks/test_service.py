@@ -88,7 +88,8 @@ def test_loops_run_on_groups_as_on_single_workers(grouped: Cluster, cluster: Clu
     assert np.allclose(samples["group"][1], samples["single"][1], atol=1e-3)
     log = (grouped.folder / "trainer.log").read_text()
     assert "run_diverged" not in log
-    assert log.count("rank_ready") == 2
+    # Once at the start and once after the kill; a busy machine may lose a group for being silent too long, too.
+    assert log.count("rank_ready") >= 2
 
 
 def test_a_group_that_drains_ends_in_order(grouped: Cluster) -> None:
