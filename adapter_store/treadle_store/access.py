@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 from treadle.names import AdapterName, RunName, parse_adapter, parse_run
 from treadle.v1 import adapters_pb2
 from treadle_service.principal import INTERNAL_SCOPE, current_principal
-from treadle_store.adapters import adapter_not_found, fetch_adapter, fetch_public_adapter
+from treadle_store.adapters import adapter_not_found, fetch_adapter
 from treadle_store.catalog import run_not_found
 
 
@@ -39,5 +39,5 @@ def read_adapter(name: AdapterName, *, for_worker: bool = False) -> Callable[[Co
 
     It raises ADAPTER_NOT_FOUND, the same for all others. `for_worker` is that of fetch_adapter.
     """
-    fetch = fetch_adapter if may_see(name.tenant) else fetch_public_adapter
-    return partial(fetch, name=name, for_worker=for_worker)
+    reader = None if may_see(name.tenant) else current_principal().tenant
+    return partial(fetch_adapter, name=name, for_worker=for_worker, reader=reader)

@@ -83,16 +83,19 @@ def record_adapter(
     return fetch_adapter(connection, name)
 
 
-def fetch_adapter(connection: Connection, name: AdapterName, *, for_worker: bool = False) -> adapters_pb2.Adapter:
+def fetch_adapter(
+    connection: Connection, name: AdapterName, *, for_worker: bool = False, reader: str | None = None
+) -> adapters_pb2.Adapter:
     """Returns a saved adapter, or raises ADAPTER_NOT_FOUND.
 
+    With `reader`, a tenant, it must be that tenant's or public; the answer for all others is that for none.
     A worker also gets a deleted one as long as a run that started from it may have to be rebuilt from it.
     """
     row = connection.execute(select(*adapters.c).where(is_adapter_row(name))).one_or_none()
     hidden = row is not None and row.deleted_us is not None
     if hidden and for_worker:
         hidden = not connection.execute(select(is_needed(name))).scalar_one()
-    if row is None or hidden:
+    if row is None or hidden or not (reader in (None, name.tenant) or row.public):
         raise adapter_not_found(name)
     return _to_adapter(row, _fetch_files(connection, name))
 
@@ -139,9 +142,7 @@ def delete_adapter(connection: Connection, name: AdapterName, now_us: int) -> st
 
 def expire_adapter(connection: Connection, name: AdapterName, expires_us: int | None) -> adapters_pb2.Adapter:
     """Sets when a saved adapter goes by itself, None for never; returns it. Raises ADAPTER_NOT_FOUND."""
-    live = and_(is_adapter_row(name), adapters.c.deleted_us.is_(None))
-    connection.execute(update(adapters).where(live).values(expires_us=expires_us))
-    return fetch_adapter(connection, name)
+    return _change(connection, name, {"expires_us": expires_us})
 
 
 def find_adapter(connection: Connection, own: AdapterName) -> adapters_pb2.Adapter:
@@ -152,22 +153,13 @@ def find_adapter(connection: Connection, own: AdapterName) -> adapters_pb2.Adapt
         adapters.c.adapter == own.adapter,
         adapters.c.deleted_us.is_(None),
     )
-    mine = connection.execute(select(adapters.c.tenant).where(there, adapters.c.tenant == own.tenant)).scalars().all()
-    query = select(adapters.c.tenant).where(there, adapters.c.public).limit(2)
-    found = mine or connection.execute(query).scalars().all()
-    if len(found) != 1:
+    readable = or_(adapters.c.tenant == own.tenant, adapters.c.public)
+    # One's own comes first; of others, a second one is enough to know that it is not the only one.
+    query = select(adapters.c.tenant).where(there, readable).order_by(adapters.c.tenant != own.tenant).limit(2)
+    owners = connection.execute(query).scalars().all()
+    if not owners or (owners[0] != own.tenant and len(owners) > 1):
         raise adapter_not_found(own)
-    return fetch_adapter(connection, AdapterName(found[0], own.run, own.kind, own.adapter))
-
-
-def fetch_public_adapter(
-    connection: Connection, name: AdapterName, *, for_worker: bool = False
-) -> adapters_pb2.Adapter:
-    """Returns a saved adapter that every tenant may read; the same ADAPTER_NOT_FOUND for all others."""
-    adapter = fetch_adapter(connection, name, for_worker=for_worker)
-    if not adapter.public:
-        raise adapter_not_found(name)
-    return adapter
+    return fetch_adapter(connection, AdapterName(owners[0], own.run, own.kind, own.adapter))
 
 
 def set_public(connection: Connection, name: AdapterName, *, public: bool) -> adapters_pb2.Adapter:
@@ -175,10 +167,7 @@ def set_public(connection: Connection, name: AdapterName, *, public: bool) -> ad
 
     Returns it. Raises ADAPTER_NOT_FOUND.
     """
-    live = and_(is_adapter_row(name), adapters.c.deleted_us.is_(None))
-    values = {"public": public, "unnamed": False} if public else {"public": False}
-    connection.execute(update(adapters).where(live).values(values))
-    return fetch_adapter(connection, name)
+    return _change(connection, name, {"public": True, "unnamed": False} if public else {"public": False})
 
 
 def copy_adapter(
@@ -189,8 +178,7 @@ def copy_adapter(
     Raises ADAPTER_NOT_FOUND, RUN_NOT_FOUND, ADAPTER_EXISTS, QUOTA_EXCEEDED, and INCOMPATIBLE_ADAPTER when the run has
     another base or shape.
     """
-    fetch = fetch_adapter if source.tenant == target.tenant else fetch_public_adapter
-    adapter = fetch(connection, source)
+    adapter = fetch_adapter(connection, source, reader=target.tenant)
     run = connection.execute(
         select(runs.c.base, runs.c.lora).where(runs.c.tenant == target.tenant, runs.c.run == target.run)
     ).one_or_none()
@@ -253,6 +241,13 @@ def is_needed(name: AdapterName) -> ColumnElement[bool]:
     """Tells whether a run that started from the adapter has no snapshot yet: its state begins at the adapter."""
     has_snapshot = exists().where(snapshots.c.tenant == runs.c.tenant, snapshots.c.run == runs.c.run)
     return exists().where(runs.c.from_adapter == str(name), ~has_snapshot)
+
+
+def _change(connection: Connection, name: AdapterName, values: Mapping[str, object]) -> adapters_pb2.Adapter:
+    """Sets columns of an adapter that is not deleted; returns it. Raises ADAPTER_NOT_FOUND."""
+    live = and_(is_adapter_row(name), adapters.c.deleted_us.is_(None))
+    connection.execute(update(adapters).where(live).values(values))
+    return fetch_adapter(connection, name)
 
 
 def _fetch_files(connection: Connection, name: AdapterName) -> list[adapters_pb2.AdapterFile]:

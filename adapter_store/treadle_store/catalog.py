@@ -213,8 +213,7 @@ def _shape(
             raise make_error("UNKNOWN_BASE", "CreateRun needs a base; GetCapabilities lists those that are served")
         return request.base, _with_defaults(request.lora)
     name = parse_adapter(request.from_adapter)
-    fetch = adapters.fetch_adapter if name.tenant == tenant else adapters.fetch_public_adapter
-    adapter = fetch(connection, name)
+    adapter = adapters.fetch_adapter(connection, name, reader=tenant)
     given, has = request.lora, adapter.lora
     if request.base not in ("", adapter.base):
         raise make_error(

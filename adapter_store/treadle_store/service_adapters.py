@@ -2,12 +2,11 @@
 
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Final
 
 from sqlalchemy import Connection
 
 from treadle.errors import make_error
-from treadle.names import AdapterKind, AdapterName, RunName, parse_adapter, parse_run
+from treadle.names import ANY_TENANT, AdapterKind, AdapterName, RunName, parse_adapter, parse_run
 from treadle.v1 import adapters_pb2, adapters_pb2_grpc
 from treadle_service.principal import current_principal
 from treadle_store import adapters, catalog, quotas
@@ -19,8 +18,6 @@ from treadle_store.database import Database
 from treadle_store.pages import PageRequest
 from treadle_store.revision_feed import RevisionFeed
 from treadle_store.upload import Upload
-
-_ANY_TENANT: Final = "tenants/-/"
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
@@ -161,8 +158,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return await self._database.read(body)
 
     async def _fetch(self, name: str, kind: AdapterKind | None = None) -> adapters_pb2.Adapter:
-        if name.startswith(_ANY_TENANT):
-            own = parse_adapter(f"tenants/{current_principal().tenant}/{name.removeprefix(_ANY_TENANT)}")
+        if name.startswith(ANY_TENANT):
+            own = parse_adapter(f"tenants/{current_principal().tenant}/{name.removeprefix(ANY_TENANT)}")
             return await self._database.read(partial(adapters.find_adapter, own=_of_kind(own, kind)))
         return await self._database.read(read_adapter(_of_kind(parse_adapter(name), kind)))
 

@@ -12,6 +12,9 @@ from treadle.errors import BadNameError
 
 AdapterKind = Literal["revisions", "checkpoints"]
 
+ANY_TENANT = "tenants/-/"
+"""Begins the name of an adapter that is looked up as one's own, else as the only public one."""
+
 _TENANT = r"[a-z0-9][a-z0-9-]{0,31}"
 _ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _RUN_PATTERN = re.compile(rf"tenants/({_TENANT})/runs/({_ID})")
@@ -46,6 +49,11 @@ class AdapterName:
 
     def __str__(self) -> str:
         return f"tenants/{self.tenant}/runs/{self.run}/{self.kind}/{self.adapter}"
+
+    @property
+    def of_any_tenant(self) -> str:
+        """The name with the tenant left open."""
+        return f"{ANY_TENANT}runs/{self.run}/{self.kind}/{self.adapter}"
 
     @property
     def run_name(self) -> RunName:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from treadle.errors import NotFoundError, TreadleError
-from treadle.names import is_adapter, parse_run
+from treadle.names import is_adapter, parse_adapter, parse_run
 from treadle.v1 import adapters_pb2, admin_pb2
 from treadle_gateway.directory import Directory, model_not_found
 from treadle_gateway.http.tinker.ids import SCHEME, parse_path
@@ -102,7 +102,7 @@ class Models:
 
     async def _of_path(self, own: str, asked: str) -> str:
         """Returns the revision that a path means, which names no tenant: the caller's own, else a public one."""
-        wanted = f"tenants/-/{own.split('/', 2)[2]}"
+        wanted = parse_adapter(own).of_any_tenant
         try:
             found = await self._calls.adapters.GetRevision(adapters_pb2.GetRevisionRequest(name=wanted))
         except TreadleError as error:

@@ -159,7 +159,7 @@ class Training:
 
         Paths name no tenant; one that was found has its owner's in its name.
         """
-        wanted = str(name).replace(f"tenants/{current_principal().tenant}/", "tenants/-/", 1)
+        wanted = name.of_any_tenant if name.tenant == current_principal().tenant else str(name)
         if name.kind == "checkpoints":
             found = await self._calls.adapters.GetCheckpoint(adapters_pb2.GetCheckpointRequest(name=wanted))
             return found.checkpoint
