@@ -1,8 +1,9 @@
-"""LoRA products of many tenants' short segments: one small product per segment against one batched product for all.
+"""LoRA products of many tenants' short segments: one by one, in grouped calls, and batched for all.
 
-Both do forward, input gradient and the gradients of A and B of one linear for 64 tenants. The batched form needs the
-adapters side by side in a slab (or gathered into one first) and segments of one length, so ragged ones are padded.
-It measures the rule by which the engine goes segment by segment; decoding, with one row per tenant, does not.
+All do forward, input gradient and the gradients of A and B of one linear for 64 tenants. Grouped calls are those of the
+engine's `ShortSegments`, over segments and adapters as a pass has them. The batched form needs the adapters side by
+side in a slab (or gathered into one first) and segments of one length, so ragged ones are padded.
+It measures the rule by which the engine groups short segments; decoding, with one row per tenant, goes by batches.
 """
 
 # Shape suffix legend
@@ -13,13 +14,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from treadle_engine.grouped_gemm import available
+from treadle_engine.lora import AdapterWeights, LoraConfig, LoraSite, Segment
 from treadle_engine.lora_products import Block, add_gradients, add_lora, add_to_input_gradient, low_gradient
+from treadle_engine.short_segments import short_segments
 
 Row = dict[str, Any]  # Any: JSON values
 
@@ -43,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> list[Row]:
-    """Times both forms for each rank and length and returns the rows."""
+    """Times all forms for each rank and length and returns the rows."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = []
@@ -54,8 +59,20 @@ def run(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+@dataclass(frozen=True)
+class _OneLinear:
+    """A base with one linear, as many features in as out."""
+
+    features: int
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+    def lora_sites(self, config: LoraConfig) -> tuple[LoraSite, ...]:
+        return (LoraSite(0, "linear", self.features, self.features, "mlp", 0),)
+
+
 class _Case:
-    """The same adapters and rows for both forms."""
+    """The same adapters and rows for all forms."""
 
     def __init__(self, lengths: Sequence[int], features: int, rank: int) -> None:
         self.lengths, self.longest = lengths, max(lengths)
@@ -67,15 +84,22 @@ class _Case:
         self._blocks = [Block(a, (b,)) for a, b in zip(self.a_BRI, self.bt_BRO, strict=True)]
         self._totals = [Block(a, (b,)) for a, b in zip(self.da_BRI, self.db_BRO, strict=True)]
         self._some = torch.arange(TENANTS)
+        self._segments: list[Segment] = []
         at = torch.zeros(TENANTS, self.longest, dtype=torch.long)
+        base = _OneLinear(features, torch.device("cpu"))
+        config = LoraConfig(rank=rank, alpha=float(rank))
         start = 0
         for index, length in enumerate(lengths):
+            weights = AdapterWeights(base, config)
+            weights.flat.copy_(torch.cat([self.a_BRI[index].flatten(), self.bt_BRO[index].flatten()]))
+            grads = torch.zeros_like(weights.flat)
+            self._segments.append(Segment(start, start + length, weights, grads))
             at[index, :length] = torch.arange(start, start + length)
             start += length
         self._at, self._real = at.view(-1), torch.arange(self.longest) < torch.tensor(lengths)[:, None]
 
     def segments(self) -> None:
-        """Go segment by segment, as the engine does."""
+        """Go segment by segment, as the engine does with long ones."""
         start = 0
         for block, total, length in zip(self._blocks, self._totals, self.lengths, strict=True):
             rows, own = slice(start, start + length), [self.g[start : start + length]]
@@ -84,6 +108,13 @@ class _Case:
             add_to_input_gradient(block, low_g, self.gx[rows], 1.0)
             add_gradients(total, low_g, low, self.x[rows], own, 1.0)
             start += length
+
+    def grouped(self) -> None:
+        """Group them, as the engine does where there is a grouped product."""
+        short = short_segments(self._segments)
+        assert short is not None  # `_compare` asks before
+        lows = short.forward(0, self.x, [self.y])
+        short.backward(0, [self.g], self.x, lows, self.gx)
 
     def slab(self) -> None:
         """One batched product over a slab of all adapters."""
@@ -118,6 +149,7 @@ class _Case:
 def _compare(name: str, case: _Case, rounds: int) -> list[Row]:
     sides: dict[str, Callable[[], None]] = {
         "segment by segment": case.segments,
+        **({"grouped": case.grouped} if available() else {}),
         "batched over a slab": case.slab,
         "gathered and batched": case.gathered,
     }

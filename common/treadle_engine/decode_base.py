@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from treadle_engine.adapter_slots import AdapterSlots, StepAdapters
 from treadle_engine.base_model import ROW_MULTIPLE, BaseInfo, BaseModel
-from treadle_engine.lora import Segment, SegmentedLinear
+from treadle_engine.lora import Lows, Segment, SegmentedLinear
 from treadle_engine.lora_products import product_dtype
 from treadle_engine.shards import Shard
 
@@ -49,14 +49,14 @@ class SlottedLinear(SegmentedLinear):
     @classmethod
     def project_group(
         cls, linears: Sequence[SegmentedLinear], x_MI: Tensor, segments: Sequence[Segment]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
+    ) -> tuple[list[Tensor], Lows]:
         """Return y_MO of each linear; nothing is kept."""
         ys = cls.base_products(linears, x_MI)
         if segments:
             if not isinstance(segments, StepAdapters):
                 raise TypeError("a base for decoding takes segments as DecodeBase.adapters makes them")
             segments.add_to([linear.site for linear in linears], x_MI, ys)
-        return ys, []
+        return ys, Lows([])
 
 
 class DecodeBase(BaseModel):

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from treadle_engine.attention import PassContext
-from treadle_engine.lora import Segment, SegmentedLinear
+from treadle_engine.lora import Lows, Segment, SegmentedLinear
 
 # Exact classes: a subclass may change any line of the forward.
 _ATTENTION = {"LlamaAttention", "Qwen2Attention", "Qwen3Attention"}
@@ -47,7 +47,7 @@ class _LinearSaved:
     """The input that a group of linears shares and its A x^T by segment."""
 
     x_PI: Tensor
-    lows: list[Tensor | None]
+    lows: Lows
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle_engine.base_model import ROW_MULTIPLE, BaseModel
-from treadle_engine.lora import Segment
+from treadle_engine.lora import Segment, Segments
 
 # Float32 logits held at once: 28 MiB stay in a large cache and below the size (32 MiB) from which the allocator maps
 # fresh pages for every request.
@@ -109,12 +109,13 @@ def _run_tile(base: BaseModel, x_TD: Tensor, tile: Sequence[_Piece], g_TD: Tenso
     offsets = [segment.start for segment in segments]
     kept_B = torch.cat([selected + offset for selected, offset in zip(kept, offsets, strict=True)])
     if kept_B.shape[0] < num_rows:  # else everything is in place already: spare the copies
-        lows = [None if low is None else low.index_select(1, rows) for low, rows in zip(lows, kept, strict=True)]
         probs_NV, targets_NK, x_PD = probs_NV[kept_B], targets_NK[kept_B], x_PD[kept_B]
         logits_NV = logits_NV[kept_B] if base.logit_cap else probs_NV
     g_BV = _logit_gradient(base, logits_NV, probs_NV, targets_NK, torch.cat(slopes))
-    segments = _segments(tile, [selected.numel() for selected in kept])
-    g_PD = base.unembedding.project_backward(_padded(g_BV.to(x_TD.dtype)), x_PD, lows, segments, need_input=True)
+    left = _segments(tile, [selected.numel() for selected in kept])
+    if kept_B.shape[0] < num_rows:
+        lows = lows.select(left, kept)
+    g_PD = base.unembedding.project_backward(_padded(g_BV.to(x_TD.dtype)), x_PD, lows, left, need_input=True)
     assert g_PD is not None  # need_input
     g_TD.index_copy_(0, rows_N[kept_B], g_PD[: kept_B.shape[0]])
 
@@ -124,12 +125,12 @@ def _padded(x_ND: Tensor) -> Tensor:
     return x_ND if missing <= 0 else F.pad(x_ND, (0, 0, 0, missing))
 
 
-def _segments(tile: Sequence[_Piece], sizes: Sequence[int]) -> list[Segment]:
+def _segments(tile: Sequence[_Piece], sizes: Sequence[int]) -> Segments:
     segments, start = [], 0
     for piece, size in zip(tile, sizes, strict=True):
         segments.append(replace(piece.chunk.segment, start=start, stop=start + size))
         start += size
-    return segments
+    return Segments(segments)
 
 
 def all_logprobs(logits_NV: Tensor) -> Tensor:

@@ -14,9 +14,11 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from treadle_engine.lora_products import (
 )
 from treadle_engine.quantize import PackedLinear, PackedWeight
 from treadle_engine.shards import Shard
+from treadle_engine.short_segments import ShortLows, ShortSegments, short_segments
 
 SiteKind = Literal["attn", "mlp", "unembed"]
 Pair = tuple[Tensor, Tensor]
@@ -129,6 +132,10 @@ class AdapterLayout:
                 offset_a += rank * site.in_features
                 end = _aligned(end + rank * site.out_features)
         self.num_elements = end
+        # By site index, in values; -1 where the adapter has no weights.
+        self.offsets_a, self.offsets_b = np.full((2, 1 + max(self._places, default=-1)), -1, np.int64)
+        for index, (_, at_a, at_b) in self._places.items():
+            self.offsets_a[index], self.offsets_b[index] = at_a, at_b
 
     def pairs(self, flat: Tensor) -> list[Pair | None]:
         """Return (A, B) views of `flat` by site index, None where the adapter has no weights; B is not contiguous."""
@@ -303,6 +310,38 @@ class Segment:
             total.add(share)
 
 
+class Segments(tuple[Segment, ...]):
+    """The segments of one stream, with what their short ones have in common at all linears of a pass."""
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> Segments:
+        """Return the segments as such; what is one already is not looked at again."""
+        return segments if isinstance(segments, cls) else cls(segments)
+
+    def short(self, site: int) -> ShortSegments | None:
+        """Return those whose products at a site are grouped, None if there are none; for a CPU."""
+        short = self._short
+        return None if short is None else short.at(site)
+
+    @cached_property
+    def _short(self) -> ShortSegments | None:
+        return short_segments(self)
+
+
+@dataclass
+class Lows:
+    """A x^T of the segments at one group of linears, whose rows are those of all its sites."""
+
+    each: list[Tensor | None]
+    """[S, N] by segment; None where it is short, or has no LoRA here."""
+    short: ShortLows | None = None
+
+    def select(self, segments: Sequence[Segment], kept: Sequence[Tensor]) -> Lows:
+        """Return those of some rows of each segment, given by indices; `segments` are what remains of them."""
+        each = [None if low is None else low.index_select(1, rows) for low, rows in zip(self.each, kept, strict=True)]
+        return Lows(each, None if self.short is None else self.short.select(segments, kept))
+
+
 class SegmentedLinear(nn.Linear):
     """A frozen linear plus the LoRA of whichever adapter owns each row.
 
@@ -359,35 +398,43 @@ class SegmentedLinear(nn.Linear):
         assert g_MI is not None  # a group has a member
         return g_MI if shard is None else shard.sum_(g_MI)
 
-    def project(self, x_MI: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, list[Tensor | None]]:
-        """Return y_MO and each segment's A x^T [R, N] (None where it has no LoRA here)."""
+    def project(self, x_MI: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Lows]:
+        """Return y_MO and the segments' A x^T."""
         (y_MO,), lows = self.project_group((self,), x_MI, segments)
         return y_MO, lows
 
     @classmethod
     def project_group(
         cls, linears: Sequence[SegmentedLinear], x_MI: Tensor, segments: Sequence[Segment]
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Return y_MO of each linear of one group, which share their input, and each segment's low_SN."""
+    ) -> tuple[list[Tensor], Lows]:
+        """Return y_MO of each linear of one group, which share their input, and the segments' A x^T."""
         ys = cls.base_products(linears, x_MI)
-        lows: list[Tensor | None] = []
-        streams = _Streams(segments, (x_MI,))
-        for segment in segments:
-            dtype = segment.product_dtype(x_MI)
-            block = segment.block(linears[0].site, len(linears), dtype)
-            if block is None or segment.weights is None:
-                lows.append(None)
+        segments = Segments.of(segments)
+        first, count = linears[0].site, len(linears)
+        lows = Lows([None] * len(segments))
+        short = segments.short(first) if x_MI.device.type == "cpu" else None
+        if short is not None:
+            lows.short = short.forward(first, x_MI, ys)
+        grouped: frozenset[int] = frozenset() if short is None else short.places
+        streams: _Streams | None = None
+        for index, segment in enumerate(segments):
+            if index in grouped or segment.weights is None:
                 continue
+            dtype = segment.product_dtype(x_MI)
+            block = segment.block(first, count, dtype)
+            if block is None:
+                continue
+            streams = streams or _Streams(segments, (x_MI,))
             rows = slice(segment.start, segment.stop)
             (x_NI,) = streams.rows(rows, dtype)
-            lows.append(add_lora(block, x_NI, [y_MO[rows] for y_MO in ys], segment.weights.scale))
+            lows.each[index] = add_lora(block, x_NI, [y_MO[rows] for y_MO in ys], segment.weights.scale)
         return ys, lows
 
     def project_backward(
         self,
         g_MO: Tensor,
         x_MI: Tensor,
-        lows: Sequence[Tensor | None],
+        lows: Lows,
         segments: Sequence[Segment],
         need_input: bool,
     ) -> Tensor | None:
@@ -400,22 +447,32 @@ class SegmentedLinear(nn.Linear):
         linears: Sequence[SegmentedLinear],
         gradients: Sequence[Tensor],
         x_MI: Tensor,
-        lows: Sequence[Tensor | None],
+        lows: Lows,
         segments: Sequence[Segment],
         need_input: bool,
     ) -> Tensor | None:
         """Do what `project_backward` does for a group, given the gradient g_MO of each of its outputs."""
         g_MI = cls.base_input_gradient(linears, gradients) if need_input else None
         first, count = linears[0].site, len(linears)
-        streams = _Streams(segments, (x_MI, *gradients))
-        for segment, low_SN in zip(segments, lows, strict=True):
+        shares: dict[int, Block | None] = {}
+        if lows.short is not None:
+            short = lows.short.owner
+            left = short.backward(first, gradients, x_MI, lows.short, g_MI)
+            shares = dict(zip(short.indices, left, strict=True))
+        streams: _Streams | None = None
+        for index, (segment, low_SN) in enumerate(zip(segments, lows.each, strict=True)):
+            # In the order of the stream, whoever computes: that in which a run's chunks are added.
+            total, more = segment.gradient_block(first, count), shares.get(index)
+            if total is not None and more is not None:
+                total.add(more)
             if low_SN is None or segment.weights is None:
                 continue
             # That of the forward pass, where the segment may have had more rows.
             dtype = low_SN.dtype
-            block, total = segment.block(first, count, dtype), segment.gradient_block(first, count)
+            block = segment.block(first, count, dtype)
             if block is None or (g_MI is None and total is None):
                 continue
+            streams = streams or _Streams(segments, (x_MI, *gradients))
             scale, rows = segment.weights.scale, slice(segment.start, segment.stop)
             x_NI, *own = streams.rows(rows, dtype)
             g_SN = low_gradient(block, own)

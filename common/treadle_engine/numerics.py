@@ -16,6 +16,7 @@ import xxhash
 
 from treadle_engine.base_model import BaseModel
 from treadle_engine.batch import TokenBatch
+from treadle_engine.grouped_gemm import available
 from treadle_engine.lora import AdapterWeights, LoraConfig
 from treadle_engine.losses import LossSpec
 from treadle_engine.passes import Chunk, TrainingEngine
@@ -37,6 +38,7 @@ def numerics(base: BaseModel) -> str:
         f"{device.type} {kind}",
         torch.backends.cpu.get_cpu_capability(),
         f"{torch.get_num_threads()} threads",
+        f"short segments {'grouped' if device.type == 'cpu' and available() else 'one by one'}",
         f"{1 if base.shard is None else base.shard.size} ranks",
         f"probe {_probe(base)}",
     )

@@ -25,7 +25,7 @@ from treadle_engine.base_model import BaseModel
 from treadle_engine.batch import IGNORE, TokenBatch
 from treadle_engine.errors import EngineError
 from treadle_engine.logprobs import Derivative, HeadChunk, run_head
-from treadle_engine.lora import AdapterWeights, Segment
+from treadle_engine.lora import AdapterWeights, Segment, Segments
 from treadle_engine.losses import LossSpec, evaluate
 from treadle_engine.memory import Gradients, is_out_of_memory
 from treadle_engine.optim import TrainState
@@ -170,7 +170,7 @@ class TrainingEngine:
                 torch.from_numpy(tokens.astype(np.int64)).to(device),
                 torch.from_numpy(positions).to(device),
                 PackedCausal(lengths, device),
-                segments,
+                Segments(segments),
             )
         with torch.no_grad():
             fixed_TD = x_TD.detach()

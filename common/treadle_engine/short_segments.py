@@ -1,0 +1,279 @@
+"""The LoRA products of all short segments of a stream, a few grouped calls per group of linears.
+
+What `lora_products` does for one segment: forward, input gradient and the gradients of A and B, in float32 on a CPU.
+A segment's bits follow from its own rows and adapter: each of its products is one of a grouped call, whose operands
+begin at multiples of 16 bytes wherever the segment lies in the stream. Knows segments and tensors, no linears.
+"""
+
+# Shape suffix legend
+#   M = rows of the stream, P = rows of all short segments, one after the other, N = rows of one segment
+#   I = in features, O = out features, R = rank, S = R times the sites of a group
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treadle_engine.grouped_gemm import ALIGNED_VALUES, Addresses, Products, available
+from treadle_engine.lora_products import MANY_ROWS, Block
+
+if TYPE_CHECKING:
+    from treadle_engine.lora import Segment
+
+_BYTES: Final = 4
+# Values from one cache line to the next.
+_LINE: Final = 16
+
+
+def short_segments(segments: Sequence[Segment]) -> ShortSegments | None:
+    """Return those of a stream's segments whose products are grouped, None if there are none; for a CPU."""
+    short = [
+        index
+        for index, segment in enumerate(segments)
+        if segment.weights is not None and 0 < segment.stop - segment.start < MANY_ROWS
+    ]
+    return ShortSegments(short, [segments[index] for index in short]) if short and available() else None
+
+
+class ShortLows:
+    """A x^T of short segments at one group of linears: [N, S] each, every one on a cache line of its own."""
+
+    def __init__(self, owner: ShortSegments, count: int) -> None:
+        """Make room at `count` sites for the segments of `owner`."""
+        self.owner, self.count = owner, count
+        sizes = owner.rows * owner.ranks * count
+        ends = np.cumsum(-(-sizes // _LINE) * _LINE, dtype=np.int64)
+        self._offsets = ends - (-(-sizes // _LINE) * _LINE)
+        self._flat = torch.empty(int(ends[-1]))
+        self.addresses: Addresses = self._flat.data_ptr() + _BYTES * self._offsets
+
+    def site(self, number: int) -> Addresses:
+        """Return where the columns [N, R] of one site begin; rows are S apart."""
+        addresses: Addresses = self.addresses + _BYTES * number * self.owner.ranks
+        return addresses
+
+    def select(self, segments: Sequence[Segment], kept: Sequence[Tensor]) -> ShortLows | None:
+        """Return the lows of `kept` rows, given for every segment of the stream; `segments` are those that remain."""
+        places = [place for place, index in enumerate(self.owner.indices) if kept[index].numel()]
+        if not places:
+            return None
+        indices = [self.owner.indices[place] for place in places]
+        owner = ShortSegments(indices, [segments[index] for index in indices])
+        chosen = ShortLows(owner, self.count)
+        for to, place in enumerate(places):
+            torch.index_select(self._of(place), 0, kept[self.owner.indices[place]], out=chosen._of(to))
+        return chosen
+
+    def _of(self, place: int) -> Tensor:
+        """Return one segment's low_NS."""
+        rows, width = int(self.owner.rows[place]), int(self.owner.ranks[place]) * self.count
+        offset = int(self._offsets[place])
+        return self._flat[offset : offset + rows * width].view(rows, width)
+
+
+class ShortSegments:
+    """Some segments of a stream with what their products have in common at all linears."""
+
+    def __init__(self, indices: Sequence[int], own: Sequence[Segment]) -> None:
+        """Take segments, each of which has rows and weights, and their places in the stream."""
+        self.indices = list(indices)
+        self.places = frozenset(indices)
+        # Not all of the stream's: who keeps those keeps this, and a circle would live on beyond its pass.
+        self._own = list(own)
+        adapters = [segment.weights for segment in self._own if segment.weights is not None]
+        self.rows = np.array([segment.stop - segment.start for segment in self._own], np.int32)
+        self.ranks = np.array([weights.config.rank for weights in adapters], np.int32)
+        self._scales = np.array([weights.scale for weights in adapters], np.float32)
+        self._flats = np.array([weights.flat.data_ptr() for weights in adapters], np.int64)
+        self._at_a = _stacked([weights.layout.offsets_a for weights in adapters])
+        self._at_b = _stacked([weights.layout.offsets_b for weights in adapters])
+        self._single = self.rows == 1
+        self.starts = np.cumsum(self.rows, dtype=np.int64) - self.rows
+        self.num_rows = int(self.rows.sum())
+        self.runs = _runs(self._own)
+        self._parts: dict[bytes, ShortSegments | None] = {}
+        self._products: dict[tuple[str | int, ...], Products] = {}
+
+    def at(self, site: int) -> ShortSegments | None:
+        """Return those that have weights at a site, None if there are none."""
+        if site >= self._at_a.shape[1]:
+            return None
+        present = self._at_a[:, site] >= 0
+        if present.all():
+            return self
+        key = present.tobytes()
+        if key not in self._parts:
+            some = present.nonzero()[0].tolist()
+            own = [self._own[place] for place in some]
+            self._parts[key] = ShortSegments([self.indices[place] for place in some], own) if some else None
+        return self._parts[key]
+
+    def forward(self, first: int, x_MI: Tensor, ys: Sequence[Tensor]) -> ShortLows:
+        """Add scale * B A x to each y_MO, at neighbouring sites from `first` on; all segments have weights there."""
+        lows = ShortLows(self, len(ys))
+        a = self._flats + _BYTES * self._at_a[:, first]
+        self._down(_Rows(self, x_MI), a, lows.addresses, lows.count, stacked=True)
+        for number, y_MO in enumerate(ys):
+            y = _Rows(self, y_MO)
+            bt = self._flats + _BYTES * self._at_b[:, first + number]
+            self._up(y, lows.site(number), bt, lows.count, stacked=False)
+            y.write_back()
+        return lows
+
+    def backward(
+        self, first: int, gradients: Sequence[Tensor], x_MI: Tensor, lows: ShortLows, g_MI: Tensor | None
+    ) -> list[Block | None]:
+        """Add scale * g A to `g_MI` unless it is None, and the gradients of A and B to the segments' `grads`.
+
+        Returns for each segment what is still to be added there, in the order of the stream.
+        """
+        count = len(gradients)
+        g_lows = ShortLows(self, count)
+        gs = [_Rows(self, g_MO) for g_MO in gradients]
+        for number, g in enumerate(gs):
+            bt = self._flats + _BYTES * self._at_b[:, first + number]
+            self._down(g, bt, g_lows.site(number), count, stacked=False)
+        if g_MI is not None:
+            total = _Rows(self, g_MI)
+            self._up(total, g_lows.addresses, self._flats + _BYTES * self._at_a[:, first], count, stacked=True)
+            total.write_back()
+        totals = _Totals(self._own, first, count)
+        if totals.wanted:
+            into = [totals.addresses(self._at_a[:, first], 0)]
+            into += [totals.addresses(self._at_b[:, first + number], number + 1) for number in range(count)]
+            self._gradient(into[0], g_lows.addresses, _Rows(self, x_MI), count, stacked=True)
+            for number, g in enumerate(gs):
+                self._gradient(into[number + 1], lows.site(number), g, count, stacked=False)
+        return totals.shares
+
+    def _down(self, x: _Rows, weights: Addresses, lows: Addresses, count: int, *, stacked: bool) -> None:
+        """Write x_NI W^T, with W [R, I] or [S, I] if `stacked`."""
+        key = ("down", x.width, x.stride, count, stacked)
+        single = self._single
+        if key not in self._products:
+            outs = self.ranks * np.int32(count) if stacked else self.ranks
+            # One row times a transposed matrix is the product that must not be: there W multiplies a column.
+            self._products[key] = Products(
+                len(self.indices),
+                m=np.where(single, outs, self.rows), n=np.where(single, 1, outs), k=x.width,
+                lda=np.where(single, x.width, x.stride), ldb=np.where(single, 1, x.width),
+                ldc=np.where(single, 1, self.ranks * np.int32(count)),
+                transpose_b=~single,
+            )  # fmt: skip
+        rows = x.addresses
+        self._products[key].multiply(np.where(single, weights, rows), np.where(single, rows, weights), lows)
+
+    def _up(self, total: _Rows, lows: Addresses, weights: Addresses, count: int, *, stacked: bool) -> None:
+        """Add scale * low_NR W, with W [R, O], or [S, O] if `stacked`."""
+        key = ("up", total.width, total.stride, count, stacked)
+        if key not in self._products:
+            self._products[key] = Products(
+                len(self.indices),
+                m=self.rows, n=total.width, k=self.ranks * np.int32(count) if stacked else self.ranks,
+                lda=self.ranks * np.int32(count), ldb=total.width, ldc=total.stride,
+                alpha=self._scales, beta=1.0,
+            )  # fmt: skip
+        self._products[key].multiply(lows, weights, total.addresses)
+
+    def _gradient(self, into: Addresses, lows: Addresses, x: _Rows, count: int, *, stacked: bool) -> None:
+        """Add scale * low_NR^T x_NI, of all sites at once if `stacked`."""
+        key = ("gradient", x.width, x.stride, count, stacked)
+        if key not in self._products:
+            self._products[key] = Products(
+                len(self.indices),
+                m=self.ranks * np.int32(count) if stacked else self.ranks, n=x.width, k=self.rows,
+                lda=self.ranks * np.int32(count), ldb=x.stride, ldc=x.width,
+                transpose_a=True, alpha=self._scales, beta=1.0,
+            )  # fmt: skip
+        self._products[key].multiply(lows, x.addresses, into)
+
+
+class _Rows:
+    """The short segments' rows of a stream in float32, so that each segment begins at a multiple of 16 bytes.
+
+    Rows that lie that way already are not copied: what is written into them is written into the stream.
+    """
+
+    def __init__(self, owner: ShortSegments, stream: Tensor) -> None:
+        self.width = stream.shape[1]
+        self.stride = -(-self.width // ALIGNED_VALUES) * ALIGNED_VALUES
+        self._runs, self._stream = owner.runs, stream
+        self._values = self._own_values(owner.num_rows)
+        self.addresses: Addresses = owner.starts * (_BYTES * self.stride) + self._values.data_ptr()
+
+    def _own_values(self, num_rows: int) -> Tensor:
+        if len(self._runs) == 1 and self.stride == self.width:
+            values = self._stream[self._runs[0]].float().contiguous()
+            if values.data_ptr() % (_BYTES * ALIGNED_VALUES) == 0:
+                return values
+        values = torch.empty(num_rows, self.stride)
+        for run, own in self._pieces(values):
+            own.copy_(run)
+        return values
+
+    def write_back(self) -> None:
+        """Put the values into the stream, rounding to its dtype, unless they are the stream's own."""
+        for run, own in self._pieces(self._values):
+            if run.data_ptr() != own.data_ptr():
+                run.copy_(own)
+
+    def _pieces(self, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the runs of the stream and the same rows of `values`."""
+        parts = torch.split(values, [run.stop - run.start for run in self._runs])
+        return [(self._stream[run], part[:, : self.width]) for run, part in zip(self._runs, parts, strict=True)]
+
+
+class _Totals:
+    """Where each segment's gradients of A and B at some sites are summed: in its `grads`, or apart from them."""
+
+    def __init__(self, segments: Sequence[Segment], first: int, count: int) -> None:
+        self.wanted = any(segment.grads is not None for segment in segments)
+        self.shares: list[Block | None] = [None] * len(segments)
+        self._flats = np.zeros(len(segments), np.int64)
+        self._apart: list[tuple[int, Block]] = []
+        if not self.wanted:
+            return
+        for place, segment in enumerate(segments):
+            if segment.grads is not None and segment.fresh:
+                self._flats[place] = segment.grads.data_ptr()
+                continue
+            block = segment.share
+            if block is None:
+                like = segment.gradient_block(first, count) or segment.block(first, count, torch.float32)
+                assert like is not None  # all segments have weights here
+                block = like.zeros()
+                # Of a segment that wants no gradient it is thrown away.
+                self.shares[place] = None if segment.grads is None else block
+            self._apart.append((place, block))
+
+    def addresses(self, offsets: NDArray[np.int64], which: int) -> Addresses:
+        """Return where each segment's A (`which` 0) or B of site `which` - 1 is summed, at `offsets` in its buffer."""
+        addresses: Addresses = self._flats + _BYTES * offsets
+        for place, block in self._apart:
+            addresses[place] = (block.a_SI if which == 0 else block.bt_ROs[which - 1]).data_ptr()
+        return addresses
+
+
+def _runs(segments: Sequence[Segment]) -> list[slice]:
+    """Return the rows of segments, those of neighbours in one slice."""
+    runs: list[slice] = []
+    for segment in segments:
+        if runs and runs[-1].stop == segment.start:
+            runs[-1] = slice(runs[-1].start, segment.stop)
+        else:
+            runs.append(slice(segment.start, segment.stop))
+    return runs
+
+
+def _stacked(offsets: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return [segments, sites]; adapters without the last sites have -1 there."""
+    width = max(len(row) for row in offsets)
+    stack = np.full((len(offsets), width), -1, np.int64)
+    for row, own in zip(stack, offsets, strict=True):
+        row[: len(own)] = own
+    return stack
