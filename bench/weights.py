@@ -23,6 +23,7 @@ PROMPT = list(range(3, 19))
 LEGS = {
     "trainer": ("revision_saved", ("export_seconds", "store_seconds", "record_seconds")),
     "sampler": ("revision_loaded", ("fetch_seconds", "read_seconds")),
+    "sampler beside the store": ("revision_arrived", ("read_seconds",)),
 }
 
 
@@ -115,7 +116,7 @@ def legs(cluster: Cluster, rounds: int) -> list[Row]:
     """Returns the medians of what the services logged of the last revisions."""
     rows = []
     for role, (event, names) in LEGS.items():
-        entries = [line for line in read_log(cluster.folder / f"{role}.log") if line.get("event") == event]
+        entries = [line for line in read_log(cluster.folder / f"{role.split()[0]}.log") if line.get("event") == event]
         for leg in names:
             values = [float(entry[leg]) for entry in entries if leg in entry][-rounds:]
             if values:

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
+from treadle.internal.v1 import revisions_pb2
 from treadle.v1 import adapters_pb2
 
 MAX_EVENTS: Final = 4096
@@ -17,12 +18,13 @@ MAX_EVENTS: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class RevisionEvent:
-    """A revision that was published or, with `adapter` None, removed."""
+    """A revision that was published, is on its way (under its run's name) or, with neither, was removed."""
 
     position: int
     base: str
     name: str
-    adapter: adapters_pb2.Adapter | None
+    adapter: adapters_pb2.Adapter | None = None
+    arriving: revisions_pb2.RevisionArriving | None = None
 
 
 class RevisionFeed:
@@ -40,9 +42,13 @@ class RevisionFeed:
         if "/revisions/" in adapter.name:
             self._add(adapter.base, adapter.name, adapter)
 
+    def arriving(self, base: str, revision: revisions_pb2.RevisionArriving) -> None:
+        """Tells of a revision that may be published soon."""
+        self._add(base, revision.run, arriving=revision)
+
     def removed(self, base: str, name: str) -> None:
         """Tells of a deleted or collected revision."""
-        self._add(base, name, None)
+        self._add(base, name)
 
     def holds(self, position: int) -> bool:
         """Tells whether everything after `position` is still here."""
@@ -62,9 +68,15 @@ class RevisionFeed:
         self.closed = True
         self._wake()
 
-    def _add(self, base: str, name: str, adapter: adapters_pb2.Adapter | None) -> None:
+    def _add(
+        self,
+        base: str,
+        name: str,
+        adapter: adapters_pb2.Adapter | None = None,
+        arriving: revisions_pb2.RevisionArriving | None = None,
+    ) -> None:
         self.position += 1
-        self._events.append(RevisionEvent(self.position, base, name, adapter))
+        self._events.append(RevisionEvent(self.position, base, name, adapter, arriving))
         self._wake()
 
     def _wake(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 
 from treadle.internal.v1 import revisions_pb2, revisions_pb2_grpc
-from treadle.names import parse_adapter
+from treadle.names import parse_adapter, parse_run
 from treadle.v1 import admin_pb2
 from treadle_service.principal import INTERNAL_SCOPE, current_principal
 from treadle_service.rendezvous import rank
@@ -40,16 +40,30 @@ class RevisionService(revisions_pb2_grpc.RevisionServiceServicer):
             position = seen
             await feed.wait(position)
 
+    async def AnnounceRevision(
+        self, request: revisions_pb2.AnnounceRevisionRequest, context: object
+    ) -> revisions_pb2.AnnounceRevisionResponse:
+        """Passes on that a revision is on its way."""
+        current_principal().require(INTERNAL_SCOPE)
+        parse_run(request.revision.run)
+        self._feed.arriving(request.base, request.revision)
+        return revisions_pb2.AnnounceRevisionResponse()
+
     def _response(self, event: RevisionEvent, worker: str) -> Response:
+        if event.arriving is not None:
+            preferred = self._is_preferred(event.arriving.run, event.base, worker)
+            return Response(position=event.position, preferred=preferred, arriving=event.arriving)
         if event.adapter is None:
             return Response(position=event.position, removed=event.name)
-        run = str(parse_adapter(event.name).run_name)
+        preferred = self._is_preferred(str(parse_adapter(event.name).run_name), event.base, worker)
+        return Response(position=event.position, preferred=preferred, published=event.adapter)
+
+    def _is_preferred(self, run: str, base: str, worker: str) -> bool:
         samplers = [
             entry.worker.worker
             for entry in self._workers.live()
             if entry.worker.kind == admin_pb2.WORKER_KIND_SAMPLER
-            and entry.worker.base == event.base
+            and entry.worker.base == base
             and not entry.worker.draining
         ]
-        preferred = rank(run, samplers)[:1] == [worker]
-        return Response(position=event.position, preferred=preferred, published=event.adapter)
+        return rank(run, samplers)[:1] == [worker]

@@ -35,6 +35,7 @@ from treadle_engine.lora_products import (
 from treadle_engine.quantize import PackedLinear, PackedWeight
 from treadle_engine.shards import Shard
 from treadle_engine.short_segments import ShortLows, ShortSegments, short_segments
+from treadle_engine.spare_buffers import SpareBuffers
 
 SiteKind = Literal["attn", "mlp", "unembed"]
 Pair = tuple[Tensor, Tensor]
@@ -205,9 +206,14 @@ class AdapterWeights:
         return weights
 
     @classmethod
-    def from_tensors(cls, base: AdapterBase, config: LoraConfig, tensors: Mapping[str, Tensor]) -> AdapterWeights:
+    def from_tensors(
+        cls, base: AdapterBase, config: LoraConfig, tensors: Mapping[str, Tensor], spare: SpareBuffers | None = None
+    ) -> AdapterWeights:
         """Build from `to_tensors`' names; missing, extra or misshapen tensors are INCOMPATIBLE_ADAPTER."""
-        weights = cls(base, config)
+        flat = None
+        if spare is not None and base.device.type == "cpu":
+            flat = spare.take(AdapterLayout(base.lora_sites(config), config.rank).num_elements)
+        weights = cls(base, config, flat)
         left = set(tensors)
         for site, pair in weights._masters():
             for letter, view in zip("AB", pair, strict=True):

@@ -20,7 +20,8 @@ from torch import Tensor
 from treadle_engine.base_model import KnownBase
 from treadle_engine.errors import EngineError
 from treadle_engine.lora import MAX_RANK, AdapterWeights, LoraConfig, LoraSite, tensor_name
-from treadle_engine.tensor_files import read_tensors, to_parts
+from treadle_engine.spare_buffers import SpareBuffers
+from treadle_engine.tensor_files import Parts, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -56,18 +57,18 @@ def config_file(base: KnownBase, config: LoraConfig) -> bytes:
     return _config_file(base.info.plain_name, config, tuple(targets))
 
 
-def weights_parts(weights: AdapterWeights, dtype: torch.dtype) -> list[memoryview]:
-    """Return `adapter_model.safetensors` in pieces, uncopied where dtype and device allow."""
+def weights_parts(weights: AdapterWeights, dtype: torch.dtype) -> Parts:
+    """Return `adapter_model.safetensors` in pieces."""
     named = sorted(weights.to_tensors().items())
-    return to_parts({f"{_PREFIX}{name}": tensor.detach().to(dtype) for name, tensor in named})
+    return Parts({f"{_PREFIX}{name}": tensor for name, tensor in named}, dtype)
 
 
-def from_files(base: KnownBase, files: Mapping[str, bytes | Path]) -> AdapterWeights:
+def from_files(base: KnownBase, files: Mapping[str, bytes | Path], spare: SpareBuffers | None = None) -> AdapterWeights:
     """Read a PEFT adapter; BAD_ADAPTER_FILE if it is malformed, INCOMPATIBLE_ADAPTER if the base has no place for it.
 
     A file is given by its bytes or by where it lies; from there the weights are mapped, not read into memory first.
     Rank, alpha and trained kinds come from the file. A site that its kind covers but the file lacks starts as in a
-    new adapter: B zero, so that logits are those of the file.
+    new adapter: B zero, so that logits are those of the file. A buffer for them is taken from `spare` if it has one.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if name not in files:
@@ -81,7 +82,7 @@ def from_files(base: KnownBase, files: Mapping[str, bytes | Path]) -> AdapterWei
             raise EngineError("BAD_ADAPTER_FILE", f"{name} is not a float tensor")
     if _lacks_sites(base, config, named):
         named = {**AdapterWeights.init(base, config).to_tensors(), **named}
-    weights = AdapterWeights.from_tensors(base, config, named)
+    weights = AdapterWeights.from_tensors(base, config, named, spare)
     # One sweep over the whole buffer; extremes of what holds a NaN or an infinity are not finite.
     if not all(math.isfinite(extreme) for extreme in torch.aminmax(weights.flat)):
         wrong = [name for name, value in weights.to_tensors().items() if not bool(value.isfinite().all())]

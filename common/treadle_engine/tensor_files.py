@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +22,40 @@ from treadle_engine.errors import EngineError
 _DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
-def to_parts(tensors: Mapping[str, Tensor]) -> list[memoryview]:
-    """Return a file in pieces, in the order given; the tensors are uncopied where they lie contiguous on the CPU."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # JSON values
-    parts: list[memoryview] = []
-    end = 0
-    for name, tensor in tensors.items():
-        part = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        offsets = [end, end + part.nbytes]
-        header[name] = {"dtype": _DTYPE_CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        parts.append(part)
-        end += part.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return [memoryview(len(text).to_bytes(8, "little")), memoryview(text), *parts]
+class Parts:
+    """A file in pieces, made one by one: of the tensors that must be copied, one copy is there at a time."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+        """Lay the file out; with a `dtype` the tensors are converted to it."""
+        self._tensors, self._dtype = list(tensors.values()), dtype
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # JSON values
+        end = 0
+        for name, tensor in tensors.items():
+            kept = dtype or tensor.dtype
+            begin, end = end, end + tensor.numel() * kept.itemsize
+            header[name] = {"dtype": _DTYPE_CODES[kept], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = len(text).to_bytes(8, "little") + text
+        self.num_bytes = len(self._header) + end
+        """Length of the file."""
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """Yield the pieces; a tensor is uncopied where it lies contiguous on the CPU in the right dtype."""
+        yield memoryview(self._header)
+        for tensor in self._tensors:
+            yield tensor.detach().to("cpu", self._dtype).contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def write_parts(path: Path, parts: Sequence[memoryview]) -> int:
-    """Write a new file and return its length in bytes; OSError when it cannot be written."""
-    size = sum(part.nbytes for part in parts)
-    with path.open("xb") as file:
+def write_parts(path: Path, parts: Parts) -> None:
+    """Write a file, a new one or over one that is there; OSError when it cannot be written."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
         # Blocks that are asked for at once are written several times faster than those that a file grows by.
-        os.posix_fallocate(file.fileno(), 0, size)
+        os.posix_fallocate(descriptor, 0, parts.num_bytes)
         for part in parts:
             file.write(part)
-    return size
+        file.truncate()
 
 
 def read_tensors(file: bytes | Path, what: str) -> dict[str, Tensor]:

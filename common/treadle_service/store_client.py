@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from treadle.internal.v1 import (
 from treadle.v1 import adapters_pb2, admin_pb2
 from treadle_service import blob_delta
 from treadle_service.channels import internal_metadata, open_channel
+from treadle_service.incoming_files import IncomingFiles
 from treadle_service.logs import get_logger
 from treadle_service.tls import ClientTls
 
@@ -65,6 +65,7 @@ class StoreClient:
     ) -> None:
         """`shared_blobs` is the store's blob folder, if this process reaches it."""
         self._shared_blobs = shared_blobs
+        self.incoming = IncomingFiles(shared_blobs)
         self.num_received_bytes = 0
         """Bytes of blobs that came over the wire."""
         self._channel, self._blob_channel = open_channel(address, tls), open_channel(address, tls)
@@ -76,7 +77,8 @@ class StoreClient:
         self._blobs = blobs_pb2_grpc.BlobServiceStub(self._blob_channel)
 
     async def close(self) -> None:
-        """Closes the channels."""
+        """Closes the channels, and removes what was prepared."""
+        self.incoming.close()
         await self._channel.close()
         await self._blob_channel.close()
 
@@ -159,10 +161,12 @@ class StoreClient:
             raise make_error("CHECKSUM_MISMATCH", f"blob {sha256} arrived with the sha256 {found}")
         return data
 
-    def new_file(self) -> Path | None:
-        """Returns where to write a new file for `put_file`; None when the store's blob folder is not shared."""
-        incoming = self._shared_blobs / "incoming" if self._shared_blobs is not None else None
-        return incoming / secrets.token_hex(16) if incoming is not None and incoming.is_dir() else None
+    def new_file(self, *, spare: bool = False) -> Path | None:
+        """Returns where to write a new file for `put_file`; None when the store's blob folder is not shared.
+
+        With `spare` a file may be there, from `incoming.prepare`; it is to be overwritten.
+        """
+        return self.incoming.new(spare=spare)
 
     async def put_file(self, path: Path, wanted: Callable[[], bool] = lambda: False) -> str:
         """Gives the store a file that lies at a `new_file`, and returns its sha256; the file is gone afterwards.

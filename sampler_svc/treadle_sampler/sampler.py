@@ -46,7 +46,7 @@ class Sampler:
         worker = admin_pb2.Worker(worker=settings.worker, kind=admin_pb2.WORKER_KIND_SAMPLER, address=address)
         self.registration = Registration(store, worker, base.info, settings.heartbeat_seconds, self._describe_load)
         self.metering = Metering(store, settings.worker, lambda: engine.trace.busy_seconds)
-        self._source = StoreSource(store, base, settings.delta_bytes)
+        self._source = StoreSource(store, base, settings.delta_bytes, settings.max_prefetched_bytes)
         self.cache: AdapterCache[AdapterWeights] = AdapterCache(
             self._source,
             time.monotonic,
@@ -57,7 +57,13 @@ class Sampler:
         )
         self._served: OrderedDict[str, None] = OrderedDict()
         self.watch = RevisionWatch(
-            store, self.cache, base.info.name, settings.worker, settings.prefetch, self._served.__contains__
+            store,
+            self.cache,
+            base.info.name,
+            settings.worker,
+            settings.prefetch,
+            serves=self._served.__contains__,
+            arrive=self._source.arrivals.begin,
         )
 
     @asynccontextmanager

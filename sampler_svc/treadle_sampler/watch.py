@@ -36,11 +36,13 @@ class RevisionWatch:
         base: str,
         worker: str,
         prefetch: Prefetch,
+        *,
         serves: Callable[[str], bool],
+        arrive: Callable[[revisions_pb2.RevisionArriving], None],
     ) -> None:
-        """`serves` tells whether requests for a run have come here lately."""
+        """`serves` tells whether requests for a run have come here lately; `arrive` reads one that is on its way."""
         self._store, self._cache, self._base, self._worker = store, cache, base, worker
-        self._prefetch, self._serves = prefetch, serves
+        self._prefetch, self._serves, self._arrive = prefetch, serves, arrive
         self._feed, self._position = "", 0
         self._wanted: OrderedDict[str, Found] = OrderedDict()
         self._has_wanted = asyncio.Semaphore(0)
@@ -80,13 +82,19 @@ class RevisionWatch:
                 self._cache.watched = True
             case "published":
                 run = str(parse_adapter(event.published.name).run_name)
-                wanted = self._prefetch == "all" or event.preferred or self._serves(run)
-                if wanted and self._prefetch != "off":
+                if self._wants(run, event):
                     if self._wanted.pop(run, None) is None:
                         self._has_wanted.release()
                     self._wanted[run] = found_from(event.published)
+            case "arriving":
+                if self._wants(event.arriving.run, event):
+                    self._arrive(event.arriving)
             case "removed":
                 self._cache.drop(event.removed)
+
+    def _wants(self, run: str, event: revisions_pb2.WatchRevisionsResponse) -> bool:
+        """Tells whether requests for a run will come here."""
+        return self._prefetch != "off" and (self._prefetch == "all" or event.preferred or self._serves(run))
 
     async def _fetch(self) -> None:
         while True:

@@ -142,7 +142,11 @@ def test_files_are_those_of_safetensors(pip: BaseModel, tmp_path: Path, dtype: t
     files = to_files(pip, weights, dtype)
     assert files[WEIGHTS_FILE] == save(named, {"format": "pt"})
     path = tmp_path / "weights"
-    assert write_parts(path, weights_parts(weights, dtype)) == len(files[WEIGHTS_FILE])
-    assert path.read_bytes() == files[WEIGHTS_FILE]
+    for length in (None, 10, 2 * len(files[WEIGHTS_FILE])):
+        if length is not None:
+            path.write_bytes(b"?" * length)
+        write_parts(path, weights_parts(weights, dtype))
+        assert path.read_bytes() == files[WEIGHTS_FILE]
+    assert weights_parts(weights, dtype).num_bytes == len(files[WEIGHTS_FILE])
     mapped = from_files(pip, {CONFIG_FILE: files[CONFIG_FILE], WEIGHTS_FILE: path})
     assert torch.equal(mapped.flat, from_files(pip, files).flat)

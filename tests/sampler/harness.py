@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from treadle.internal.v1 import (
     blobs_pb2_grpc,
     journal_pb2,
     journal_pb2_grpc,
+    revisions_pb2,
+    revisions_pb2_grpc,
     sampler_pb2,
     sampler_pb2_grpc,
     workers_pb2,
@@ -29,7 +32,7 @@ from treadle.wire import decode_tokens, encode_tokens
 from treadle_engine.bases import PIP_NAME
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.lora import AdapterWeights
-from treadle_engine.peft_format import to_files
+from treadle_engine.peft_format import CONFIG_FILE, WEIGHTS_FILE, to_files
 from treadle_sampler import __main__ as sampler_main
 from treadle_sampler.settings import SamplerSettings
 from treadle_service.channels import Metadata, internal_metadata, open_channel
@@ -89,6 +92,18 @@ class Bench:
         run = training_pb2.CreateRunRequest(base=PIP_NAME, lora=types_pb2.LoraConfig(rank=rank))
         register = journal_pb2.RegisterRunRequest(tenant=tenant, run=run)
         return (await self.journal.RegisterRun(register, metadata=self.internal)).run.name
+
+    async def announce(self, name: str, base: DecodeBase, weights: AdapterWeights, incoming: Path) -> Path:
+        """Write a run's weights into a shared folder as a trainer would, say that they are there, return where."""
+        files, file = to_files(base, weights), incoming / secrets.token_hex(16)
+        file.write_bytes(files[WEIGHTS_FILE])
+        revision = revisions_pb2.RevisionArriving(
+            run=name, file=file.name, size=file.stat().st_size, config=files[CONFIG_FILE]
+        )
+        request = revisions_pb2.AnnounceRevisionRequest(base=PIP_NAME, revision=revision)
+        stub = revisions_pb2_grpc.RevisionServiceStub(self.store_channel)
+        await stub.AnnounceRevision(request, metadata=self.internal)
+        return file
 
     async def save(self, name: str, base: DecodeBase, weights: AdapterWeights, revision: str) -> str:
         """Store a revision of a run as a trainer would, and return its name."""

@@ -94,12 +94,46 @@ async def test_news_names_the_sampler_that_will_be_asked(store):
     assert preferred == [worker == chosen for worker in workers]
 
 
-async def test_tenants_hear_nothing(store):
+async def test_what_is_on_its_way_is_told_to_the_same_samplers(store):
+    """Of that base, as it was said, marked for the one that will be asked; a run's name must be one."""
+    await live_samplers(store, "sampler-0", "sampler-1")
+    run = await store.new_run()
+    revision = revisions_pb2.RevisionArriving(run=run, file="0" * 32, size=10, config=b"{}")
+    async with (
+        watching(store, worker="sampler-0") as (a, _),
+        watching(store, worker="sampler-1") as (b, _),
+        watching(store, base="other/base") as (other, _),
+    ):
+        await announce(store, revision)
+        heard = [await read(call) for call in (a, b)]
+        assert [event.arriving for event in heard] == [revision, revision]
+        assert sorted(event.preferred for event in heard) == [False, True]
+        epoch = await store.claim(run)
+        await save(store, run, epoch, f"{run}/revisions/v1")
+        assert [(await read(call)).preferred for call in (a, b)] == [event.preferred for event in heard]
+        waiting = asyncio.create_task(other.read())
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        waiting.cancel()
+    assert await reason_of(announce(store, revisions_pb2.RevisionArriving(run="runs/r"))) == "BAD_NAME"
+
+
+async def announce(store, revision: revisions_pb2.RevisionArriving, principal: Principal | None = None):
+    request = revisions_pb2.AnnounceRevisionRequest(base="treadle/pip", revision=revision)
+    stub = revisions_pb2_grpc.RevisionServiceStub(store.channel)
+    return await stub.AnnounceRevision(request, metadata=internal_metadata(TOKEN, principal))
+
+
+async def test_tenants_hear_and_say_nothing(store):
     """News is for services alone."""
     request = revisions_pb2.WatchRevisionsRequest(base="treadle/pip")
     stub = revisions_pb2_grpc.RevisionServiceStub(store.channel)
-    metadata = internal_metadata(TOKEN, Principal("acme", frozenset({"sample"})))
-    assert await reason_of(stub.WatchRevisions(request, metadata=metadata)) == "PERMISSION_DENIED"
+    tenant = Principal("acme", frozenset({"sample"}))
+    assert (
+        await reason_of(stub.WatchRevisions(request, metadata=internal_metadata(TOKEN, tenant))) == "PERMISSION_DENIED"
+    )
+    revision = revisions_pb2.RevisionArriving(run=await store.new_run())
+    assert await reason_of(announce(store, revision, tenant)) == "PERMISSION_DENIED"
 
 
 async def test_the_feed_forgets_but_says_so():

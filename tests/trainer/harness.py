@@ -9,7 +9,14 @@ from typing import Any
 import grpc
 import numpy as np
 
-from treadle.internal.v1 import journal_pb2, journal_pb2_grpc, trainer_pb2, trainer_pb2_grpc
+from treadle.internal.v1 import (
+    journal_pb2,
+    journal_pb2_grpc,
+    revisions_pb2,
+    revisions_pb2_grpc,
+    trainer_pb2,
+    trainer_pb2_grpc,
+)
 from treadle.v1 import training_pb2, training_pb2_grpc, types_pb2
 from treadle.wire import tensor_from_numpy
 from treadle_service.channels import internal_metadata, open_channel
@@ -83,6 +90,17 @@ class Bench:
         """Closes the channels."""
         await self._store.close()
         await self._trainer.close()
+
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[Any]:  # Any: grpc's call
+        """Yields the store's news of revisions, from now on."""
+        request = revisions_pb2.WatchRevisionsRequest(base="treadle/pip")
+        call = revisions_pb2_grpc.RevisionServiceStub(self._store).WatchRevisions(request, metadata=self.internal)
+        await call.read()
+        try:
+            yield call
+        finally:
+            call.cancel()
 
     async def new_run(
         self, tenant: str = "acme", rank: int = 8, seed: int = 1, from_adapter: str = "", base: str = "treadle/pip"

@@ -1,5 +1,6 @@
 """Saving and loading through a real store."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,32 @@ async def test_a_shared_folder_changes_no_byte(tmp_path: Path) -> None:
         names.append(revision.rpartition("/")[2])
     assert names[0] == names[1]
     assert list((tmp_path / "shared" / "blobs" / "incoming").iterdir()) == []
+
+
+async def test_revisions_that_follow_each_other_are_written_over_a_spare_file(tmp_path: Path) -> None:
+    """Announced as they lie there, published with the bytes that a trainer without the folder sends."""
+    saves = [*steps(1), publish(3), *steps(1, first_seq=4), publish(6)]
+    incoming, names = tmp_path / "shared" / "blobs" / "incoming", []
+    for place, shared in (("sent", None), ("shared", tmp_path / "shared" / "blobs")):
+        async with serving(tmp_path / place, shared_blobs=shared) as bench:
+            run = await bench.new_run()
+            async with bench.watch() as news, bench.stream(run) as stream:
+                await stream.send(*saves[:3])
+                first = (await stream.results(3))[-1]
+                async with asyncio.timeout(10):
+                    while shared is not None and not list(incoming.iterdir()):
+                        await asyncio.sleep(0.01)
+                spare = [path.name for path in incoming.iterdir()] if shared is not None else []
+                await stream.send(*saves[3:])
+                second = (await stream.results(3))[-1]
+                heard = [await news.read() for _ in range(2 if shared is None else 4)]
+        revisions = [result.save_weights_for_sampler.revision for result in (first, second)]
+        assert [event.published.name for event in heard if event.HasField("published")] == revisions
+        assert [event.arriving.file for event in heard if event.HasField("arriving")][1:] == spare
+        assert all(event.arriving.run == run for event in heard if event.HasField("arriving"))
+        names.append([revision.rpartition("/")[2] for revision in revisions])
+    assert names[0] == names[1]
+    assert list(incoming.iterdir()) == []
 
 
 async def test_a_new_run_starts_from_a_checkpoint(bench: Bench) -> None:

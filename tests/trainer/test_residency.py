@@ -13,9 +13,9 @@ from treadle.v1 import training_pb2
 from treadle_engine import bases
 from treadle_engine.base_model import BaseModel
 from treadle_engine.lora import LoraConfig
+from treadle_engine.spare_buffers import SpareBuffers
 from treadle_trainer.budget import PassBudget
 from treadle_trainer.device import Device
-from treadle_trainer.spare import SpareGradients
 
 RANK = 4
 
@@ -101,7 +101,7 @@ async def test_a_damaged_snapshot_is_refused(tmp_path: Path, place: str) -> None
 
 def test_spare_gradients_are_taken_by_length_and_bounded() -> None:
     """A returning run gets a buffer of its own length; the oldest go when there are too many bytes."""
-    spare = SpareGradients(most_bytes=4 * 300)
+    spare = SpareBuffers(most_bytes=4 * 300)
     for length in (100, 200, 100):
         spare.put(torch.zeros(length))
     assert spare.take(150) is None

@@ -7,6 +7,7 @@ operation itself is durable, and writing it again after a crash changes nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -15,8 +16,9 @@ from typing import Final
 
 from treadle import names
 from treadle.errors import TreadleError, make_error
+from treadle.internal.v1 import revisions_pb2
 from treadle.v1 import adapters_pb2, training_pb2
-from treadle_engine.peft_format import WEIGHTS_FILE
+from treadle_engine.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from treadle_service import failpoints
 from treadle_service.logs import get_logger
 from treadle_service.store_client import persist
@@ -31,6 +33,7 @@ from treadle_trainer.snapshots import Snapshots
 
 SAVE_STATE: Final = "save_state"
 SAVE_WEIGHTS: Final = "save_weights_for_sampler"
+QUIET_SECONDS: Final = 0.1
 log = get_logger(__name__)
 
 
@@ -71,7 +74,10 @@ class Adapters:
             try:
                 _check_id(op)
                 files, step = await self._executor.beside(
-                    Device.export, resident.name, with_optimizer=op.kind == SAVE_STATE, into=self._store.new_file()
+                    Device.export,
+                    resident.name,
+                    with_optimizer=op.kind == SAVE_STATE,
+                    into=self._store.new_file(spare=True),
                 )
             except TreadleError as error:
                 self._loop.conclude(resident, op, error)
@@ -86,10 +92,13 @@ class Adapters:
         began = time.monotonic()
         try:
             adapter = adapters_pb2.Adapter(base=resident.facts.base, lora=resident.facts.lora, step=step)
+            if op.kind == SAVE_WEIGHTS:
+                self._announce(resident, files)
             with failpoints.around("trainer.put_adapter"):
-                puts = [self._put(resident, path, content) for path, content in sorted(files.items())]
-                stored_files = await asyncio.gather(*puts)
-            adapter.files.extend(stored_files)
+                # Files first, which are long.
+                ordered = sorted(files.items(), key=lambda file: isinstance(file[1], bytes))
+                stored_files = await asyncio.gather(*(self._put(resident, *file) for file in ordered))
+            adapter.files.extend(sorted(stored_files, key=lambda file: file.path))
             adapter.unnamed = op.kind == SAVE_WEIGHTS and not op.work.operation.save_weights_for_sampler.revision_id
             adapter.name = _adapter_name(resident.name, op, stored_files, step)
             adapter.created.FromNanoseconds(time.time_ns())
@@ -128,6 +137,28 @@ class Adapters:
             record_seconds=time.monotonic() - stored,
         )
         self._loop.conclude(resident, op, result)
+        self._loop.spawn(self._prepare(sum(file.size for file in adapter.files if file.path == WEIGHTS_FILE)))
+
+    async def _prepare(self, size: int) -> None:
+        """Makes a file for the next revision to be written into, once those who wait for this one have it."""
+        await asyncio.sleep(QUIET_SECONDS)
+        await asyncio.to_thread(self._store.incoming.prepare, size)
+
+    def _announce(self, resident: Resident, files: dict[str, bytes | Path]) -> None:
+        """Has samplers that share the store's folder read a revision while it is made durable."""
+        weights, config = files[WEIGHTS_FILE], files[CONFIG_FILE]
+        if isinstance(weights, bytes) or not isinstance(config, bytes):
+            return
+        revision = revisions_pb2.RevisionArriving(
+            run=resident.name, file=weights.name, size=weights.stat().st_size, config=config
+        )
+
+        async def announce() -> None:
+            # Whoever does not hear of it reads it when it is published.
+            with contextlib.suppress(TreadleError):
+                await self._store.announce_revision(resident.facts.base, revision)
+
+        self._loop.spawn(announce())
 
     async def _put(self, resident: Resident, path: str, content: bytes | Path) -> adapters_pb2.AdapterFile:
         if isinstance(content, bytes):

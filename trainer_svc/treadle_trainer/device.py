@@ -47,12 +47,12 @@ from treadle_engine.peft_format import (
     weights_parts,
 )
 from treadle_engine.rank_group import RankGroup
-from treadle_engine.tensor_files import read_tensors, to_parts, write_parts
+from treadle_engine.spare_buffers import SpareBuffers
+from treadle_engine.tensor_files import Parts, read_tensors, write_parts
 from treadle_service.logs import get_logger
 from treadle_trainer import probe
 from treadle_trainer.budget import PassBudget, choose_budget
 from treadle_trainer.operations import RANK_BYTES
-from treadle_trainer.spare import SpareGradients
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 log = get_logger(__name__)
@@ -105,7 +105,7 @@ class Device:
         self._states: dict[str, TrainState] = {}
         self._parked: dict[str, ParkedState] = {}
         self._guests: dict[str, AdapterWeights] = {}
-        self._spare = SpareGradients()
+        self._spare = SpareBuffers()
 
     @property
     def info(self) -> BaseInfo:
@@ -239,9 +239,9 @@ class Device:
         tensors = dict(state.tensors) if isinstance(state, ParkedState) else state_tensors(state)
         tensors["num_failed"] = torch.tensor([num_failed], dtype=torch.int64)
         step, digest = int(tensors["step"]), bytes.fromhex(state.digest())
-        parts = to_parts(tensors)
+        parts = Parts(tensors)
         if into is not None and _wrote(into, parts):
-            return StateCopy(into, sum(part.nbytes for part in parts), step, digest)
+            return StateCopy(into, parts.num_bytes, step, digest)
         data = b"".join(parts)
         return StateCopy(data, len(data), step, digest)
 
@@ -261,7 +261,7 @@ class Device:
             files |= {CONFIG_FILE: config_file(self._base, state.weights.config), WEIGHTS_FILE: into}
         if with_optimizer:
             moments = {name: value for name, value in state_tensors(state).items() if name != "weights"}
-            files[OPTIMIZER_FILE] = b"".join(to_parts(moments))
+            files[OPTIMIZER_FILE] = b"".join(Parts(moments))
         return files, state.step
 
     def load(self, run: str, config: LoraConfig, files: Mapping[str, bytes | Path], *, with_optimizer: bool) -> Stepped:
@@ -318,7 +318,7 @@ def load_device(
     return Device(base, budget)
 
 
-def _wrote(path: Path, parts: Sequence[memoryview]) -> bool:
+def _wrote(path: Path, parts: Parts) -> bool:
     """Writes a file in the shared folder; False when the folder cannot be written to."""
     try:
         write_parts(path, parts)

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from treadle.channel import failure_of
-from treadle.internal.v1 import journal_pb2
+from treadle.internal.v1 import journal_pb2, revisions_pb2
 from treadle.v1 import adapters_pb2, training_pb2
 from treadle_service.store_client import BLOB_SECONDS, StoreClient
 
@@ -66,6 +66,11 @@ class JournalClient(StoreClient):
                 yield frame
         except grpc.aio.AioRpcError as error:
             raise failure_of(error)[0] from error
+
+    async def announce_revision(self, base: str, revision: revisions_pb2.RevisionArriving) -> None:
+        """Says that a revision is on its way. Asks once."""
+        request = revisions_pb2.AnnounceRevisionRequest(base=base, revision=revision)
+        await self._unary(self._revisions.AnnounceRevision, request)
 
     async def record_adapter(
         self, run: str, epoch: int, seq: int, adapter: adapters_pb2.Adapter, *, overwrite: bool = False

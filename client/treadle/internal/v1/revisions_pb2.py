@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from treadle.v1 import adapters_pb2 as treadle_dot_v1_dot_adapters__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#treadle/internal/v1/revisions.proto\x12\x13treadle.internal.v1\x1a\x19treadle/v1/adapters.proto\"R\n\x15WatchRevisionsRequest\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0c\n\x04\x66\x65\x65\x64\x18\x03 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x04 \x01(\x04\"-\n\x0cWatchStarted\x12\x0c\n\x04\x66\x65\x65\x64\x18\x01 \x01(\t\x12\x0f\n\x07resumed\x18\x02 \x01(\x08\"\xb9\x01\n\x16WatchRevisionsResponse\x12\x10\n\x08position\x18\x01 \x01(\x04\x12\x11\n\tpreferred\x18\x02 \x01(\x08\x12\x34\n\x07started\x18\x03 \x01(\x0b\x32!.treadle.internal.v1.WatchStartedH\x00\x12(\n\tpublished\x18\x04 \x01(\x0b\x32\x13.treadle.v1.AdapterH\x00\x12\x11\n\x07removed\x18\x05 \x01(\tH\x00\x42\x07\n\x05\x65vent2~\n\x0fRevisionService\x12k\n\x0eWatchRevisions\x12*.treadle.internal.v1.WatchRevisionsRequest\x1a+.treadle.internal.v1.WatchRevisionsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#treadle/internal/v1/revisions.proto\x12\x13treadle.internal.v1\x1a\x19treadle/v1/adapters.proto\"R\n\x15WatchRevisionsRequest\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0c\n\x04\x66\x65\x65\x64\x18\x03 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x04 \x01(\x04\"-\n\x0cWatchStarted\x12\x0c\n\x04\x66\x65\x65\x64\x18\x01 \x01(\t\x12\x0f\n\x07resumed\x18\x02 \x01(\x08\"K\n\x10RevisionArriving\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x0e\n\x06\x63onfig\x18\x04 \x01(\x0c\"\xf4\x01\n\x16WatchRevisionsResponse\x12\x10\n\x08position\x18\x01 \x01(\x04\x12\x11\n\tpreferred\x18\x02 \x01(\x08\x12\x34\n\x07started\x18\x03 \x01(\x0b\x32!.treadle.internal.v1.WatchStartedH\x00\x12(\n\tpublished\x18\x04 \x01(\x0b\x32\x13.treadle.v1.AdapterH\x00\x12\x11\n\x07removed\x18\x05 \x01(\tH\x00\x12\x39\n\x08\x61rriving\x18\x06 \x01(\x0b\x32%.treadle.internal.v1.RevisionArrivingH\x00\x42\x07\n\x05\x65vent\"`\n\x17\x41nnounceRevisionRequest\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\t\x12\x37\n\x08revision\x18\x02 \x01(\x0b\x32%.treadle.internal.v1.RevisionArriving\"\x1a\n\x18\x41nnounceRevisionResponse2\xef\x01\n\x0fRevisionService\x12k\n\x0eWatchRevisions\x12*.treadle.internal.v1.WatchRevisionsRequest\x1a+.treadle.internal.v1.WatchRevisionsResponse0\x01\x12o\n\x10\x41nnounceRevision\x12,.treadle.internal.v1.AnnounceRevisionRequest\x1a-.treadle.internal.v1.AnnounceRevisionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREVISIONSREQUEST']._serialized_end=169
   _globals['_WATCHSTARTED']._serialized_start=171
   _globals['_WATCHSTARTED']._serialized_end=216
-  _globals['_WATCHREVISIONSRESPONSE']._serialized_start=219
-  _globals['_WATCHREVISIONSRESPONSE']._serialized_end=404
-  _globals['_REVISIONSERVICE']._serialized_start=406
-  _globals['_REVISIONSERVICE']._serialized_end=532
+  _globals['_REVISIONARRIVING']._serialized_start=218
+  _globals['_REVISIONARRIVING']._serialized_end=293
+  _globals['_WATCHREVISIONSRESPONSE']._serialized_start=296
+  _globals['_WATCHREVISIONSRESPONSE']._serialized_end=540
+  _globals['_ANNOUNCEREVISIONREQUEST']._serialized_start=542
+  _globals['_ANNOUNCEREVISIONREQUEST']._serialized_end=638
+  _globals['_ANNOUNCEREVISIONRESPONSE']._serialized_start=640
+  _globals['_ANNOUNCEREVISIONRESPONSE']._serialized_end=666
+  _globals['_REVISIONSERVICE']._serialized_start=669
+  _globals['_REVISIONSERVICE']._serialized_end=908
 # @@protoc_insertion_point(module_scope)

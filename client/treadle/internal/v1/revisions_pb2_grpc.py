@@ -40,6 +40,11 @@ class RevisionServiceStub(object):
                 request_serializer=treadle_dot_internal_dot_v1_dot_revisions__pb2.WatchRevisionsRequest.SerializeToString,
                 response_deserializer=treadle_dot_internal_dot_v1_dot_revisions__pb2.WatchRevisionsResponse.FromString,
                 _registered_method=True)
+        self.AnnounceRevision = channel.unary_unary(
+                '/treadle.internal.v1.RevisionService/AnnounceRevision',
+                request_serializer=treadle_dot_internal_dot_v1_dot_revisions__pb2.AnnounceRevisionRequest.SerializeToString,
+                response_deserializer=treadle_dot_internal_dot_v1_dot_revisions__pb2.AnnounceRevisionResponse.FromString,
+                _registered_method=True)
 
 
 class RevisionServiceServicer(object):
@@ -54,6 +59,14 @@ class RevisionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AnnounceRevision(self, request, context):
+        """Tells the same samplers that a revision's weights lie in the `incoming` part of the store's blob folder and are about
+        to be published: those that reach the folder read them while they are made durable. It promises nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RevisionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +74,11 @@ def add_RevisionServiceServicer_to_server(servicer, server):
                     servicer.WatchRevisions,
                     request_deserializer=treadle_dot_internal_dot_v1_dot_revisions__pb2.WatchRevisionsRequest.FromString,
                     response_serializer=treadle_dot_internal_dot_v1_dot_revisions__pb2.WatchRevisionsResponse.SerializeToString,
+            ),
+            'AnnounceRevision': grpc.unary_unary_rpc_method_handler(
+                    servicer.AnnounceRevision,
+                    request_deserializer=treadle_dot_internal_dot_v1_dot_revisions__pb2.AnnounceRevisionRequest.FromString,
+                    response_serializer=treadle_dot_internal_dot_v1_dot_revisions__pb2.AnnounceRevisionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +109,33 @@ class RevisionService(object):
             '/treadle.internal.v1.RevisionService/WatchRevisions',
             treadle_dot_internal_dot_v1_dot_revisions__pb2.WatchRevisionsRequest.SerializeToString,
             treadle_dot_internal_dot_v1_dot_revisions__pb2.WatchRevisionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnnounceRevision(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/treadle.internal.v1.RevisionService/AnnounceRevision',
+            treadle_dot_internal_dot_v1_dot_revisions__pb2.AnnounceRevisionRequest.SerializeToString,
+            treadle_dot_internal_dot_v1_dot_revisions__pb2.AnnounceRevisionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class RevisionServiceStub:
     """Streams what happens to the revisions of a base from now on, or from where an earlier stream ended. It never ends by
     itself. What it misses costs time only: a revision that nobody heard of is fetched when it is asked for.
     """
+    AnnounceRevision: _grpc.UnaryUnaryMultiCallable[_revisions_pb2.AnnounceRevisionRequest, _revisions_pb2.AnnounceRevisionResponse]
+    """Tells the same samplers that a revision's weights lie in the `incoming` part of the store's blob folder and are about
+    to be published: those that reach the folder read them while they are made durable. It promises nothing.
+    """
 
 @_typing.type_check_only
 class RevisionServiceAsyncStub(RevisionServiceStub):
@@ -46,6 +50,10 @@ class RevisionServiceAsyncStub(RevisionServiceStub):
     WatchRevisions: _aio.UnaryStreamMultiCallable[_revisions_pb2.WatchRevisionsRequest, _revisions_pb2.WatchRevisionsResponse]  # type: ignore[assignment]
     """Streams what happens to the revisions of a base from now on, or from where an earlier stream ended. It never ends by
     itself. What it misses costs time only: a revision that nobody heard of is fetched when it is asked for.
+    """
+    AnnounceRevision: _aio.UnaryUnaryMultiCallable[_revisions_pb2.AnnounceRevisionRequest, _revisions_pb2.AnnounceRevisionResponse]  # type: ignore[assignment]
+    """Tells the same samplers that a revision's weights lie in the `incoming` part of the store's blob folder and are about
+    to be published: those that reach the folder read them while they are made durable. It promises nothing.
     """
 
 class RevisionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,6 +67,16 @@ class RevisionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_revisions_pb2.WatchRevisionsResponse], _abc.AsyncIterator[_revisions_pb2.WatchRevisionsResponse]]:
         """Streams what happens to the revisions of a base from now on, or from where an earlier stream ended. It never ends by
         itself. What it misses costs time only: a revision that nobody heard of is fetched when it is asked for.
+        """
+
+    @_abc_1.abstractmethod
+    def AnnounceRevision(
+        self,
+        request: _revisions_pb2.AnnounceRevisionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_revisions_pb2.AnnounceRevisionResponse, _abc.Awaitable[_revisions_pb2.AnnounceRevisionResponse]]:
+        """Tells the same samplers that a revision's weights lie in the `incoming` part of the store's blob folder and are about
+        to be published: those that reach the folder read them while they are made durable. It promises nothing.
         """
 
 def add_RevisionServiceServicer_to_server(servicer: RevisionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
