@@ -2,15 +2,19 @@
 
 The light tenant waits for each of its steps (or requests) before the next. Three conditions take turns, round by round:
 it is alone; it shares with one tenant of the same kind, which is its fair share; it shares with one tenant that keeps
-every queue full. The figure is the p99 of its latency under the flood against that at fair share.
+every queue full. The figure is the p99 of its latency under the flood against that at fair share. Every tenant is a
+process of its own, as in life.
 """
 
 import argparse
+import multiprocessing
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +27,17 @@ RANK = 8
 Row = dict[str, str]
 # One turn of a tenant: it returns when its work is done.
 Turn = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Another tenant: what it does, and as how many runs (training) or open requests (sampling)."""
+
+    address: str
+    key: str
+    base: str
+    what: str
+    count: int = 1
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,34 +53,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[Row]:
     """Measures both services and returns the rows."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        started(Path(folder), options.base) as (cluster, _),
-        ExitStack() as stack,
-    ):
-        keys = [cluster.new_tenant() for _ in range(3)]
-        light, equal, flood = (stack.enter_context(ServiceClient(cluster.gateway_address, key)) for key in keys)
-        base = light.get_server_capabilities().supported_models[0].model_name
-        rows = _measure(
-            "training",
-            options,
-            _step(light.create_lora_training_client(base, rank=RANK, seed=1)),
-            [_step(equal.create_lora_training_client(base, rank=RANK, seed=2))],
-            [_steps(flood.create_lora_training_client(base, rank=RANK, seed=n)) for n in range(options.flood_runs)],
-        )
-        samplers = [service.create_sampling_client(base_model=base) for service in (light, equal, flood)]
-        return rows + _measure(
-            "sampling",
-            options,
-            _request(samplers[0]),
-            [_request(samplers[1])],
-            [_requests(samplers[2], options.flood_requests)],
-        )
+    with tempfile.TemporaryDirectory() as folder, started(Path(folder), options.base) as (cluster, _):
+        address = cluster.gateway_address
+        key, equal_key, flood_key = (cluster.new_tenant() for _ in range(3))
+        rows: list[Row] = []
+        with ServiceClient(address, key) as service:
+            base = service.get_server_capabilities().supported_models[0].model_name
+            for what, count in (("training", options.flood_runs), ("sampling", options.flood_requests)):
+                neighbours = {
+                    "alone": None,
+                    "fair share": Neighbour(address, equal_key, base, what),
+                    "flood": Neighbour(address, flood_key, base, what, count),
+                }
+                rows += _measure(what, options, _turns(service, base, what)[0], neighbours)
+        return rows
 
 
-def _measure(what: str, options: argparse.Namespace, light: Turn, equal: list[Turn], flood: list[Turn]) -> list[Row]:
+def _measure(what: str, options: argparse.Namespace, light: Turn, neighbours: dict[str, Neighbour | None]) -> list[Row]:
     seconds: dict[str, list[float]] = {condition: [] for condition in CONDITIONS}
-    neighbours = {"alone": [], "fair share": equal, "flood": flood}
     light()
     for _ in range(options.rounds):
         for condition in CONDITIONS:
@@ -87,23 +92,51 @@ def _measure(what: str, options: argparse.Namespace, light: Turn, equal: list[Tu
 
 
 @contextmanager
-def _beside(turns: list[Turn]) -> Iterator[None]:
-    """Runs neighbours over and over, each in a thread of its own, until the context ends."""
-    stop = threading.Event()
-
-    def repeat(turn: Turn) -> None:
-        while not stop.is_set():
-            turn()
-
-    threads = [threading.Thread(target=repeat, args=(turn,)) for turn in turns]
-    for thread in threads:
-        thread.start()
+def _beside(neighbour: Neighbour | None) -> Iterator[None]:
+    """Lets a neighbour work in a process of its own, over and over, until the context ends."""
+    if neighbour is None:
+        yield
+        return
+    context = multiprocessing.get_context("spawn")
+    working, stop = context.Event(), context.Event()
+    process = context.Process(target=_work, args=(neighbour, working, stop))
+    process.start()
     try:
+        if not working.wait(60.0):
+            raise RuntimeError("the neighbour did not begin to work")
         yield
     finally:
         stop.set()
+        process.join()
+
+
+def _work(neighbour: Neighbour, working: Event, stop: Event) -> None:
+    """Takes turns until told to stop, as a process's main function."""
+    with ServiceClient(neighbour.address, neighbour.key) as service:
+
+        def repeat(turn: Turn) -> None:
+            turn()
+            working.set()
+            while not stop.is_set():
+                turn()
+
+        threads = [
+            threading.Thread(target=repeat, args=(turn,))
+            for turn in _turns(service, neighbour.base, neighbour.what, neighbour.count)
+        ]
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join()
+
+
+def _turns(service: ServiceClient, base: str, what: str, count: int = 1) -> list[Turn]:
+    """Returns the turns of a tenant that works synchronously, or of one that keeps so many runs or requests going."""
+    if what == "sampling":
+        sampler = service.create_sampling_client(base_model=base)
+        return [_request(sampler) if count == 1 else _requests(sampler, count)]
+    runs = [service.create_lora_training_client(base, rank=RANK, seed=seed) for seed in range(count)]
+    return [_step(run) if count == 1 else _steps(run) for run in runs]
 
 
 def _step(training: TrainingClient) -> Turn:

@@ -41,12 +41,23 @@ from treadle_engine.prefix_cache import BlockKeys
 from treadle_engine.prompt_scores import check_scores, read_scores, top_tokens
 from treadle_engine.sampling import Drawn, TokenHistory, draw, sample_stream
 from treadle_engine.sampling_params import MAX_SAMPLES, check_prompt, token_limit
+from treadle_engine.step_turns import StepTurns
 from treadle_engine.stops import Detokenize, StopRule
 
 PREFILL_ROWS = 512
 """Most prompt tokens that one step reads."""
 
 _ROWS_PER_READING = 16
+
+_SHARED_ROWS = 64
+"""Prompt tokens that a step may read however little the lightest of several owners brings."""
+
+_FIXED_ROWS = {"cpu": 16.0}
+_FIXED_ROWS_OTHERWISE = 256.0
+"""What a step takes whatever it holds, as so many samples' rows; on a GPU it is nearly all of a step (not measured)."""
+
+_READ_ROW = 0.25
+"""What a prompt token takes of a step, as so many samples' rows (measured on a CPU)."""
 
 
 class Decoder:
@@ -81,6 +92,7 @@ class Decoder:
         cache = KvCache(info.num_layers, info.num_kv_heads, info.head_dim, base.dtype, base.device, positions)
         self._cache = cache
         self._places = Places(cache, max_sequences, keep_prefixes=keep_prefixes)
+        self._turns = StepTurns(_FIXED_ROWS.get(base.device.type, _FIXED_ROWS_OTHERWISE))
         self._numbers = itertools.count(1)
         self._prompts: dict[int, Prompt] = {}
         self._seeds: weakref.WeakKeyDictionary[AdapterWeights, int] = weakref.WeakKeyDictionary()
@@ -156,8 +168,11 @@ class Decoder:
         places = self._places
         places.admit()
         places.make_way()
-        parts = places.choose_parts(self._row_budget())
-        places.samples = _by_adapter(places.samples)
+        budget, taking_part = self._share_step()
+        parts = places.choose_parts(budget, taking_part)
+        resting = [sample for sample in places.samples if sample.prompt.owner not in taking_part]
+        places.samples = _by_adapter([sample for sample in places.samples if sample.prompt.owner in taking_part])
+        self._turns.charge(_rows_by_owner(places.samples, [(part.prompt.owner, count) for part, count in parts]))
         prompts = [*(sample.prompt for sample in places.samples), *(reading.prompt for reading, _ in parts)]
         self.owners = Counter(prompt.request.owner for prompt in prompts)
         logits_NV = self._run(parts) if parts or places.samples else None
@@ -166,8 +181,23 @@ class Decoder:
             places.readings.remove(reading)
             events += self._finish_reading(reading)
         events += self._draw(logits_NV)
+        places.samples += resting
         self.num_steps += 1
         return events
+
+    def _share_step(self) -> tuple[int, list[str]]:
+        """Return how many prompt tokens the step may read, and the owners who may be in it, in turn."""
+        places, budget = self._places, self._row_budget()
+        unread: Counter[str] = Counter()
+        for reading in places.readings:
+            unread[reading.prompt.owner] += reading.num_rows - reading.cache.length
+
+        def rows() -> dict[str, float]:
+            return _rows_by_owner(places.samples, [(owner, min(budget, count)) for owner, count in unread.items()])
+
+        room = self._turns.fair_length(rows()) - len(places.samples)
+        budget = int(min(budget, max(_SHARED_ROWS, room / _READ_ROW)))
+        return budget, self._turns.choose(rows())
 
     def _row_budget(self) -> int:
         """Return how many prompt tokens the step may read: all it can when nobody decodes.
@@ -322,6 +352,16 @@ _EMPTY = torch.empty(0, dtype=torch.float32).numpy()
 
 def _wants_logits(reading: Reading) -> bool:
     return reading.sample is None and reading.prompt.request.num_samples > 0
+
+
+def _rows_by_owner(samples: Sequence[Sample], reads: Sequence[tuple[str, int]]) -> dict[str, float]:
+    """Return what each owner's samples, and what it reads, take of a step, as so many samples' rows."""
+    rows: dict[str, float] = {}
+    for sample in samples:
+        rows[sample.prompt.owner] = rows.get(sample.prompt.owner, 0.0) + 1.0
+    for owner, count in reads:
+        rows[owner] = rows.get(owner, 0.0) + _READ_ROW * count
+    return rows
 
 
 def _by_adapter(samples: Sequence[Sample]) -> list[Sample]:

@@ -13,6 +13,7 @@ fused kernel does the work.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,14 +78,16 @@ class _PartRows:
 
 
 class _SlabRows:
-    """The sequences of one slab in this step: which rows of the step they are and what each may see."""
+    """Neighbouring sequences of one slab in this step: which rows of the step they are and what each may see."""
 
-    def __init__(self, slab: Slab, row_of: dict[int, int], groups: int, device: torch.device) -> None:
-        self._slab = slab
-        count = len(slab.slots)
-        self._rows_S = torch.tensor([row_of[id(slot)] for slot in slab.slots], device=device)
-        places_S = torch.tensor([slot.length for slot in slab.slots], device=device)
-        # Where the rows' keys go in the slab seen as [S * G * C, d].
+    def __init__(
+        self, slab: Slab, slots: Sequence[Slot], row_of: dict[int, int], groups: int, device: torch.device
+    ) -> None:
+        count = len(slots)
+        self._kv_Y2SGCd = slab.kv_Y2SGCd[:, :, slots[0].index : slots[0].index + count]
+        self._rows_S = torch.tensor([row_of[id(slot)] for slot in slots], device=device)
+        places_S = torch.tensor([slot.length for slot in slots], device=device)
+        # Where the rows' keys go in the slots seen as [S * G * C, d].
         lines_SG = torch.arange(count * groups, device=device).view(count, groups) * slab.capacity
         self._places = (lines_SG + places_S[:, None]).flatten()
         self._masks = _Masks(places_S, slab.capacity)
@@ -101,7 +104,7 @@ class _SlabRows:
         """Append the rows' keys and values, and fill their rows of o_THd."""
         q_SHd, k_SGd, v_SGd = (x_Thd.index_select(0, self._rows_S) for x_Thd in qkv)
         count, groups, width = k_SGd.shape
-        k_SGCd, v_SGCd = self._slab.kv_Y2SGCd[layer, :, :count]
+        k_SGCd, v_SGCd = self._kv_Y2SGCd[layer]
         k_SGCd.view(-1, width).index_copy_(0, self._places, k_SGd.view(-1, width))
         v_SGCd.view(-1, width).index_copy_(0, self._places, v_SGd.view(-1, width))
         # The query heads that share a key/value head stand in for its queries: no key is copied.
@@ -124,7 +127,7 @@ class DecodeAttention:
         block_rows: int,
         device: torch.device,
     ) -> None:
-        """Plan; `slots` are in row order and are all the slots of `slabs`, `groups` the base's key/value heads."""
+        """Plan; `slots` are in row order and live in `slabs`, `groups` are the base's key/value heads."""
         self._parts = parts
         self._least = block_rows
         self._part_rows: list[_PartRows] = []
@@ -142,7 +145,12 @@ class DecodeAttention:
                 row += stop - place
                 place = stop
         row_of = {id(slot): row + index for index, slot in enumerate(slots)}
-        self._slabs = [_SlabRows(slab, row_of, groups, device) for slab in slabs]
+        self._slabs = [
+            _SlabRows(slab, neighbours, row_of, groups, device)
+            for slab in slabs
+            for takes_part, run in itertools.groupby(slab.slots, lambda slot: id(slot) in row_of)
+            if takes_part and (neighbours := list(run))
+        ]
 
     def attend(
         self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, window: int | None

@@ -8,6 +8,7 @@ read again later and then goes on as if nothing had happened. This module runs n
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -131,11 +132,13 @@ class Places:
         self._free_place(sample.prompt)
         self.num_preemptions += 1
 
-    def choose_parts(self, budget: int) -> list[tuple[Reading, int]]:
-        """Return texts and how many of their tokens this step reads, least served owner first."""
+    def choose_parts(self, budget: int, owners: Sequence[str]) -> list[tuple[Reading, int]]:
+        """Return texts of these owners, in this order, and how many of their tokens this step reads."""
         chosen: list[tuple[Reading, int]] = []
         coming: set[bytes] = set()
-        for reading in sorted(self.readings, key=lambda reading: self.line.served(reading.prompt.owner)):
+        turn = {owner: number for number, owner in enumerate(owners)}
+        readings = [reading for reading in self.readings if reading.prompt.owner in turn]
+        for reading in sorted(readings, key=lambda reading: turn[reading.prompt.owner]):
             self._skip_ahead(reading)
             start, block = reading.cache.length, reading.cache.length // BLOCK
             # A piece that has to be read at once goes beyond the budget, but one at most.

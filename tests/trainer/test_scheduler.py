@@ -38,6 +38,15 @@ def test_a_flood_delays_another_tenant_by_at_most_one_pass() -> None:
     assert any(chunk == ("small", 0) for picked in passes for chunk in picked)
 
 
+def test_who_comes_during_a_pass_goes_before_the_next_large_chunk() -> None:
+    """A flood alone saves up no credit for the chunk after the one that it got; a synchronous tenant waits for one."""
+    scheduler: FairScheduler[Chunk] = FairScheduler(1024)
+    flood = [queue(f"f{index}", "flooder", *[1024] * 4) for index in range(4)]
+    light = queue("small", "other", 256)
+    passes = [scheduler.pick([*flood, *([light] if number % 2 else [])]) for number in range(10)]
+    assert [("small", 0) in picked for picked in passes] == [False, True] * 5
+
+
 def test_tenants_get_equal_tokens_whatever_their_number_of_runs() -> None:
     """Four runs of one tenant get as much as one run of another."""
     scheduler: FairScheduler[Chunk] = FairScheduler(2048)

@@ -25,6 +25,7 @@ from treadle_trainer.budget import Pace, PassBudget
 from treadle_trainer.device import Device, PassChunk
 from treadle_trainer.executor import Executor
 from treadle_trainer.operations import PassWork
+from treadle_trainer.pass_length import PassLength
 from treadle_trainer.resident import REPLAYED, Place, Resident, RunOp
 from treadle_trainer.runs import BARRIER, BATCHED, OPTIM_STEP
 from treadle_trainer.scheduler import FairScheduler, RunQueue, Waiting
@@ -155,6 +156,7 @@ class DeviceLoop:
         """`on_step` hears of each optimizer step right after it, before anything else happens to the run."""
         self._executor, self._trace, self._on_step = executor, trace, on_step
         self._budget, self._pace = budget, Pace()
+        self._length = PassLength(budget.fixed_seconds)
         self._scheduler: FairScheduler[PassPart] = FairScheduler(budget.max_tokens)
         self._residents: dict[str, Resident] = {}
         self._pass: asyncio.Task[None] | None = None
@@ -231,8 +233,13 @@ class DeviceLoop:
             if not queues:
                 self._patient_until = None
             elif not self._patient():
-                seconds = self._budget.target_seconds / self._pace.factor - self._budget.fixed_seconds
-                self._begin_pass(self._scheduler.pick(queues, seconds))
+                self._begin_pass(self._scheduler.pick(queues, self._pass_limit(queues)))
+
+    def _pass_limit(self, queues: Sequence[RunQueue[PassPart]]) -> float:
+        """Returns the seconds that the next pass's chunks may take, by their measured cost."""
+        most = self._budget.target_seconds / self._pace.factor - self._budget.fixed_seconds
+        brought = ((queue.tenant, sum(waiting.seconds for waiting in queue.chunks)) for queue in queues)
+        return self._length.limit(brought, time.monotonic(), most)
 
     async def _wait(self) -> None:
         """Sleeps until woken, until the next operation has waited too long, or until patience ends."""

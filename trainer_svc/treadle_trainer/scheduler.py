@@ -44,6 +44,7 @@ class _Pass(Generic[ChunkT]):
     def __init__(self, queues: Sequence[RunQueue[ChunkT]], max_tokens: int, max_seconds: float) -> None:
         self.by_run = {queue.run: deque(queue.chunks) for queue in queues if queue.chunks}
         self.picked: dict[str, list[ChunkT]] = {}
+        self.num_taken = 0
         self._tokens, self._seconds = max_tokens, max_seconds
 
     def fits(self, waiting: Waiting[ChunkT]) -> bool:
@@ -58,6 +59,7 @@ class _Pass(Generic[ChunkT]):
         self.picked.setdefault(run, []).append(waiting.chunk)
         self._tokens -= waiting.num_tokens
         self._seconds -= waiting.seconds
+        self.num_taken += 1
 
 
 class FairScheduler(Generic[ChunkT]):
@@ -82,15 +84,29 @@ class FairScheduler(Generic[ChunkT]):
                 tenants.setdefault(queue.tenant, []).append(queue.run)
         self._update_turns(tenants)
         filling = _Pass(queues, self._max_tokens, max_seconds)
+        # Credit of turns since the last chunk was taken, which came to nothing yet.
+        unused: list[tuple[str, int]] = []
         while filling.by_run:
-            tenant = self._turns[0]
+            tenant, before, taken = self._turns[0], self._deficits.get(self._turns[0], 0), filling.num_taken
             if self._serve(tenant, filling, self._quantum):
-                # Its next chunk did not fit: it keeps its turn, and begins the next pass.
-                for other in list(self._turns)[1:]:
+                # Its next chunk did not fit. The turns that led to it come again in the next pass: credit that is
+                # saved up for a chunk of later would let it pass by whoever comes meanwhile.
+                self._take_back(unused)
+                for other in list(self._turns):
                     self._serve(other, filling, 0)
                 break
             self._turns.rotate(-1)
+            if filling.num_taken > taken:
+                unused.clear()
+            else:
+                unused.append((tenant, self._deficits[tenant] - before))
         return [chunk for chunks in filling.picked.values() for chunk in chunks]
+
+    def _take_back(self, turns: Sequence[tuple[str, int]]) -> None:
+        """Makes the last turns not have been."""
+        self._turns.rotate(len(turns))
+        for tenant, credit in turns:
+            self._deficits[tenant] -= credit
 
     def _serve(self, tenant: str, filling: _Pass[ChunkT], quantum: int) -> bool:
         """Gives one tenant its turn with so much new credit; returns whether a chunk that it could pay did not fit.
@@ -105,7 +121,7 @@ class FairScheduler(Generic[ChunkT]):
             if self._deficits[tenant] - waiting.num_tokens < floor:
                 return False
             if not filling.fits(waiting):
-                # This turn's credit comes again with the turn.
+                # The tenant keeps its turn, and its credit comes again with it.
                 self._deficits[tenant] -= quantum
                 return True
             self._deficits[tenant] -= waiting.num_tokens
