@@ -4,6 +4,7 @@ Each tenant lives half a minute: it trains, publishes, samples, saves, and is de
 next comes. Every process's memory, open files and threads are sampled meanwhile. Knows nothing of faults.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,11 +52,11 @@ class Soak:
     left: dict[str, int] = field(default_factory=dict)
     """Runs, queued operations and sequences that are still there when nobody works."""
 
-    def early_and_late(self, name: str) -> tuple[Usage, Usage]:
-        """Returns a process's median use in the second fifth of the time and in the last."""
+    def fifths(self, name: str) -> list[Usage]:
+        """Returns a process's median use in each fifth of the time."""
         samples = self.samples[name]
-        fifth = len(samples) // 5
-        return _median(samples[fifth : 2 * fifth]), _median(samples[-fifth:])
+        ends = [len(samples) * number // 5 for number in range(6)]
+        return [_median(samples[start:stop]) for start, stop in itertools.pairwise(ends)]
 
 
 def soak(folder: Path, seconds: float) -> Soak:
