@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from treadle_engine.attention_cpu import packed_causal
+from treadle_engine.attention_cpu import Sequences, packed_causal
 from treadle_engine.errors import EngineError
 
 IMPLEMENTATION = "treadle"
@@ -94,6 +94,7 @@ class PackedCausal:
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
         """Remember the boundaries; `lengths` sum to the stream's T."""
         self._lengths = [int(length) for length in lengths]
+        self._sequences = Sequences(self._lengths)
         self._device = torch.device(device)
         self._cumulative: Tensor | None = None
         if self._device.type == "cuda":
@@ -111,7 +112,7 @@ class PackedCausal:
         lengths = self._lengths
         unlimited = window is None or window >= max(lengths)
         if self._device.type == "cpu" and unlimited and q_THd.shape[2] == v_TGd.shape[2]:
-            return packed_causal(q_THd, k_TGd, v_TGd, lengths, scale)
+            return packed_causal(q_THd, k_TGd, v_TGd, self._sequences, scale)
         streams = (torch.split(stream, list(lengths)) for stream in (q_THd, k_TGd, v_TGd))
         return torch.cat([_causal(q, k, v, scale, window) for q, k, v in zip(*streams, strict=True)])
 

@@ -1,8 +1,9 @@
-"""Causal attention of packed sequences on a CPU, with a backward of its own: one sequence after the other.
+"""Causal attention of packed sequences on a CPU, with a backward of its own.
 
-The forward is torch's fused kernel. Its backward, in bfloat16, takes several times as long as in float32 below a few
-hundred tokens, and in either is slower than plain products from there on. So the backward is float32 throughout: the
-fused kernel for short sequences, blocks of query rows for long ones. Knows nothing of models or passes.
+All short sequences go together, by grouped products in float32, where there are such. The others, or all, go one after
+the other: forward by torch's fused kernel, whose backward takes several times as long in bfloat16 as in float32 below a
+few hundred tokens, and in either is slower than plain products from there on. So that is float32 throughout: the fused
+kernel for short sequences, blocks of query rows for long ones. Knows nothing of models or passes.
 """
 
 # Shape suffix legend
@@ -13,25 +14,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from treadle_engine.attention_short import Heads, ShortAttention
 
 # Asked directly, a sequence costs no autograd graph and no copy of shared key heads.
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _SOFTMAX_BACKWARD = torch.ops.aten._softmax_backward_data.default
 
+_GROUPED = 512
+"""Tokens up to which sequences go together, where they can. Beyond, it gains little: products are large by then."""
 _LONG = 192
-"""Tokens from which a sequence's backward goes by blocks (measured)."""
+"""Tokens from which the backward of a sequence by itself goes by blocks (measured)."""
 _BLOCK = 64
 """Query rows of a block: what it computes above the diagonal is thrown away."""
 
 
-def packed_causal(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+class Sequences:
+    """Where the sequences of a stream lie, and what its short ones have in common in all layers."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """Take the lengths of sequences that follow each other."""
+        self.lengths = list(lengths)
+        self._short: dict[Heads, ShortAttention | None] = {}
+
+    def short(self, heads: Heads) -> ShortAttention | None:
+        """Return the attention of the short sequences together, None where all go one by one."""
+        if heads not in self._short:
+            starts = [end - length for end, length in zip(accumulate(self.lengths), self.lengths, strict=True)]
+            short = [(start, length) for start, length in zip(starts, self.lengths, strict=True) if length <= _GROUPED]
+            grouped = bool(short) and ShortAttention.serves(heads.width)
+            self._short[heads] = ShortAttention(short, heads) if grouped else None
+        return self._short[heads]
+
+
+def packed_causal(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, sequences: Sequences, scale: float) -> Tensor:
     """Return o_THd, each of the sequences attending to itself alone."""
-    o_THd: Tensor = _PackedCausal.apply(q_THd, k_TGd, v_TGd, lengths, scale)  # type: ignore[no-untyped-call]
+    o_THd: Tensor = _PackedCausal.apply(q_THd, k_TGd, v_TGd, sequences, scale)  # type: ignore[no-untyped-call]
     return o_THd
 
 
@@ -39,32 +63,44 @@ class _PackedCausal(torch.autograd.Function):
     """All sequences of the stream as one node."""
 
     @staticmethod
-    def forward(ctx: Any, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+    def forward(ctx: Any, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, sequences: Sequences, scale: float) -> Tensor:
         kept: list[Tensor] = []
-        parts: list[Tensor] = []
-        streams = (torch.split(stream, list(lengths)) for stream in (q_THd, k_TGd, v_TGd))
-        for q_LHd, k_LGd, v_LGd in zip(*streams, strict=True):
-            q_SGLd, k_SGLd, v_SGLd = _heads(q_LHd, k_LGd, v_LGd)
-            o_SGLd, sum_SGL = _FUSED(q_SGLd, k_SGLd, v_SGLd, 0.0, True, scale=scale)
-            parts.append(o_SGLd.permute(2, 1, 0, 3).flatten(1, 2))
-            if q_LHd.shape[0] < _LONG:
-                kept += [o_SGLd, sum_SGL]
+        short = sequences.short(Heads(q_THd.shape[1], k_TGd.shape[1], q_THd.shape[2], scale))
+        o_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
+        if short is not None:
+            o_float = o_THd if o_THd.dtype == torch.float32 else torch.empty(o_THd.shape)
+            short.forward([stream.float().contiguous() for stream in (q_THd, k_TGd, v_TGd)], o_float)
+            o_THd.copy_(o_float)
+        if short is None or max(sequences.lengths) > _GROUPED:
+            streams = (torch.split(stream, sequences.lengths) for stream in (q_THd, k_TGd, v_TGd, o_THd))
+            for q_LHd, k_LGd, v_LGd, o_LHd in zip(*streams, strict=True):
+                if short is not None and q_LHd.shape[0] <= _GROUPED:
+                    continue
+                o_SGLd, sum_SGL = _FUSED(*_heads(q_LHd, k_LGd, v_LGd), 0.0, True, scale=scale)
+                _by_group(o_LHd, k_LGd.shape[1]).copy_(o_SGLd)
+                if q_LHd.shape[0] < _LONG:
+                    kept += [o_SGLd, sum_SGL]
         ctx.save_for_backward(q_THd, k_TGd, v_TGd, *kept)
-        ctx.lengths, ctx.scale = list(lengths), scale
-        return torch.cat(parts)
+        ctx.lengths, ctx.short, ctx.scale = sequences.lengths, short, scale
+        return o_THd
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q_THd, k_TGd, v_TGd, *kept = ctx.saved_tensors
-        streams = [stream.float() for stream in (grad_outputs[0], q_THd, k_TGd, v_TGd)]
-        totals = [torch.empty_like(stream, memory_format=torch.contiguous_format) for stream in streams[1:]]
+        streams = [stream.float().contiguous() for stream in (grad_outputs[0], q_THd, k_TGd, v_TGd)]
+        totals = [torch.empty_like(stream) for stream in streams[1:]]
+        if ctx.short is not None:
+            ctx.short.backward(streams, totals)
         left = iter(kept)
-        for pieces in zip(*(torch.split(stream, ctx.lengths) for stream in (*streams, *totals)), strict=True):
-            own, into = pieces[:4], pieces[4:]
-            if own[0].shape[0] < _LONG:
-                _fused_backward(own, next(left), next(left), into, ctx.scale)
-            else:
-                _blocked_backward(own, into, ctx.scale)
+        if ctx.short is None or max(ctx.lengths) > _GROUPED:
+            for pieces in zip(*(torch.split(stream, ctx.lengths) for stream in (*streams, *totals)), strict=True):
+                own, into = pieces[:4], pieces[4:]
+                if ctx.short is not None and own[0].shape[0] <= _GROUPED:
+                    continue
+                if own[0].shape[0] < _LONG:
+                    _fused_backward(own, next(left), next(left), into, ctx.scale)
+                else:
+                    _blocked_backward(own, into, ctx.scale)
         dtype = q_THd.dtype
         gq_THd, gk_TGd, gv_TGd = (total.to(dtype) for total in totals)
         return gq_THd, gk_TGd, gv_TGd, None, None

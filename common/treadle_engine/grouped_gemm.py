@@ -6,13 +6,16 @@ and callers multiply one by one. Knows addresses and sizes alone.
 
 The promise: a product has the same bits whatever else is in the call, however many there are, and wherever its
 operands lie, as long as each begins at a multiple of 16 bytes (measured: MKL's kernels choose by that) and none is
-[1, k] times the transpose of [n, k] (for these MKL chooses by the others of the call). One thread computes a call.
+[1, k] times the transpose of [n, k] (for these MKL chooses by the others of the call). One thread computes a product,
+however many torch has.
 """
 
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -23,10 +26,12 @@ from numpy.typing import NDArray
 ALIGNED_VALUES: Final = 4
 """Float32 values in 16 bytes."""
 
-Ints = NDArray[np.int32]
+Ints = NDArray[np.int32] | NDArray[np.int64]
 Addresses = NDArray[np.int64]
 
 _ROW_MAJOR, _AS_IS, _TRANSPOSED = 101, 111, 112
+# Multiplications of two numbers below which handing a part of a call to another thread takes longer than computing it.
+_WORTH = 4e6
 # One value each of A, B and C of the product that keeps another one company.
 _COMPANY = np.zeros(3 * ALIGNED_VALUES, np.float32)
 
@@ -56,7 +61,7 @@ class Products:
         transpose_a: NDArray[np.bool_] | bool = False,
         transpose_b: NDArray[np.bool_] | bool = False,
         alpha: NDArray[np.float32] | float = 1.0,
-        beta: float = 0.0,
+        beta: NDArray[np.float64] | float = 0.0,
     ) -> None:
         """Lay the sizes out as the library reads them."""
         self.count = count
@@ -64,39 +69,116 @@ class Products:
         total = max(count, 2)
         self._sizes, self._factors = np.ones((8, total), np.int32), np.zeros((2, total), np.float32)
         self._sizes[:2] = _AS_IS
-        flags = [np.where(flag, _TRANSPOSED, _AS_IS) for flag in (transpose_a, transpose_b)]
-        for row, values in enumerate((*flags, m, n, k, lda, ldb, ldc)):
+        for row, flag in enumerate((transpose_a, transpose_b)):
+            self._sizes[row, :count] = _AS_IS + (_TRANSPOSED - _AS_IS) * np.asarray(flag)
+        for row, values in enumerate((m, n, k, lda, ldb, ldc), start=2):
             self._sizes[row, :count] = values
         self._factors[0, :count], self._factors[1, :count] = alpha, beta
-        company = _COMPANY.ctypes.data
         self._operands = np.empty((3, total), np.int64)
-        self._operands[:] = company + 4 * ALIGNED_VALUES * np.arange(3)[:, None]
-        ones = np.ones(total, np.int32)
-        self._kept = ones
-        sizes, factors, operands = (
-            [array[row : row + 1].ctypes.data for row in range(array.shape[0])]
-            for array in (self._sizes, self._factors, self._operands)
-        )
-        flag_a, flag_b, *mnk, lda_at, ldb_at, ldc_at = sizes
-        a_at, b_at, c_at = operands
-        self._arguments = (
-            _ROW_MAJOR, flag_a, flag_b, *mnk, factors[0], a_at, lda_at, b_at, ldb_at, factors[1], c_at, ldc_at,
-            total, ones.ctypes.data,
+        self._operands[:] = _COMPANY.ctypes.data + 4 * ALIGNED_VALUES * np.arange(3)[:, None]
+        self._ones = np.ones(total, np.int32)
+        flag_a, flag_b, m_at, n_at, k_at, lda_at, ldb_at, ldc_at = _rows_of(self._sizes)
+        alpha_at, beta_at = _rows_of(self._factors)
+        a_at, b_at, c_at = _rows_of(self._operands)
+        # In the order in which the library wants them, with the bytes of an element.
+        self._columns = (
+            (flag_a, 4), (flag_b, 4), (m_at, 4), (n_at, 4), (k_at, 4), (alpha_at, 4), (a_at, 8), (lda_at, 4),
+            (b_at, 8), (ldb_at, 4), (beta_at, 4), (c_at, 8), (ldc_at, 4),
         )  # fmt: skip
+        self._calls = [self._call(0, total)]
+        self._threads = 1
 
     def multiply(self, a: Addresses, b: Addresses, c: Addresses) -> None:
         """Compute all products; the tensors at the addresses, one of each kind per product, must outlive the call."""
         library = _library()
         if library is None:
             raise RuntimeError("there is no grouped product here")
+        threads = torch.get_num_threads()
+        if threads != self._threads:
+            self._share_out(threads)
         count = self.count
         self._operands[0, :count] = a
         self._operands[1, :count] = b
         self._operands[2, :count] = c
-        # More threads would share out a call by what is in it, and cut larger products in two.
-        before = library.set_threads(1)
-        library.multiply(*self._arguments)
-        library.set_threads(before)
+        first, *others = self._calls
+        running = [_pool(threads - 1).submit(_multiply, library, call) for call in others]
+        _multiply(library, first)
+        for call in running:
+            call.result()
+
+    def _call(self, start: int, stop: int) -> tuple[int, ...]:
+        """Return the library's arguments for some of the products."""
+        columns = (address + start * size for address, size in self._columns)
+        return (_ROW_MAJOR, *columns, stop - start, self._ones.ctypes.data)
+
+    def _share_out(self, threads: int) -> None:
+        """Cut the call into one for each thread, of about as much work, where that pays; each of at least two."""
+        self._threads = threads
+        work = np.cumsum(self._sizes[2:5].astype(np.float64).prod(axis=0))
+        parts = min(threads, int(work[-1] // _WORTH) + 1)
+        cuts = [0]
+        for part in range(1, parts):
+            cut = int(np.searchsorted(work, work[-1] * part / parts)) + 1
+            if cuts[-1] + 2 <= cut <= len(work) - 2:
+                cuts.append(cut)
+        self._calls = [self._call(start, stop) for start, stop in pairwise([*cuts, len(work)])]
+
+
+def _multiply(library: _Library, call: tuple[int, ...]) -> None:
+    # More threads of the library's own would share out a call by what is in it, and cut larger products in two.
+    before = library.set_threads(1)
+    library.multiply(*call)
+    library.set_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="grouped-gemm")
+
+
+def _rows_of(table: NDArray[Any]) -> list[int]:
+    """Return the addresses of the rows of a table."""
+    first, step = table.ctypes.data, table.strides[0]
+    return [first + row * step for row in range(table.shape[0])]
+
+
+class TimesTransposed:
+    """The sizes of some products C = beta C + alpha A B^T, where A may be a single row."""
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        m: Ints,
+        n: Ints | int,
+        k: Ints | int,
+        lda: Ints | int,
+        ldb: Ints | int,
+        ldc: Ints | int,
+        alpha: NDArray[np.float32] | float = 1.0,
+        beta: float = 0.0,
+    ) -> None:
+        """Turn products with a single row round: there B multiplies a column, which leaves no transposed matrix."""
+        single = m == 1
+        self._single = single if single.any() else None
+        if self._single is None:
+            self._products = Products(
+                count, m=m, n=n, k=k, lda=lda, ldb=ldb, ldc=ldc, transpose_b=True, alpha=alpha, beta=beta
+            )
+            return
+        self._products = Products(
+            count,
+            m=np.where(single, n, m), n=np.where(single, 1, n), k=k,
+            lda=np.where(single, ldb, lda), ldb=np.where(single, 1, ldb), ldc=np.where(single, 1, ldc),
+            transpose_b=~single, alpha=alpha, beta=beta,
+        )  # fmt: skip
+
+    def multiply(self, a: Addresses, b: Addresses, c: Addresses) -> None:
+        """Compute all products, as `Products.multiply`."""
+        if self._single is None:
+            self._products.multiply(a, b, c)
+        else:
+            self._products.multiply(np.where(self._single, b, a), np.where(self._single, a, b), c)
 
 
 def available() -> bool:

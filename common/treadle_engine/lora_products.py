@@ -102,8 +102,14 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Add scale * left right to the float32 `total`; the product itself is float32 whatever the inputs are."""
-    if left.dtype == torch.float32 or total.device.type == "cpu":
-        total.addmm_(left.float(), right.float(), alpha=scale)
+    """Add scale * left right to the float32 `total`; the product is summed in float32 whatever the inputs are.
+
+    Of bfloat16 a CPU's comes rounded, once: in float32 it would take twice as long, to be exact about the sum of
+    numbers that have been rounded like that themselves.
+    """
+    if left.dtype == torch.float32:
+        total.addmm_(left, right, alpha=scale)
+    elif total.device.type == "cpu":
+        total.add_(left.mm(right), alpha=scale)
     else:
         total.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=scale)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treadle_engine.grouped_gemm import ALIGNED_VALUES, Addresses, Products, available
+from treadle_engine.grouped_gemm import ALIGNED_VALUES, Addresses, Products, TimesTransposed, available
 from treadle_engine.lora_products import MANY_ROWS, Block
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ class ShortSegments:
         self._flats = np.array([weights.flat.data_ptr() for weights in adapters], np.int64)
         self._at_a = _stacked([weights.layout.offsets_a for weights in adapters])
         self._at_b = _stacked([weights.layout.offsets_b for weights in adapters])
-        self._single = self.rows == 1
         self.starts = np.cumsum(self.rows, dtype=np.int64) - self.rows
         self.num_rows = int(self.rows.sum())
         self.runs = _runs(self._own)
         self._parts: dict[bytes, ShortSegments | None] = {}
+        self._downs: dict[tuple[int, int, int, bool], TimesTransposed] = {}
         self._products: dict[tuple[str | int, ...], Products] = {}
 
     def at(self, site: int) -> ShortSegments | None:
@@ -153,20 +153,14 @@ class ShortSegments:
 
     def _down(self, x: _Rows, weights: Addresses, lows: Addresses, count: int, *, stacked: bool) -> None:
         """Write x_NI W^T, with W [R, I] or [S, I] if `stacked`."""
-        key = ("down", x.width, x.stride, count, stacked)
-        single = self._single
-        if key not in self._products:
-            outs = self.ranks * np.int32(count) if stacked else self.ranks
-            # One row times a transposed matrix is the product that must not be: there W multiplies a column.
-            self._products[key] = Products(
+        key = (x.width, x.stride, count, stacked)
+        if key not in self._downs:
+            self._downs[key] = TimesTransposed(
                 len(self.indices),
-                m=np.where(single, outs, self.rows), n=np.where(single, 1, outs), k=x.width,
-                lda=np.where(single, x.width, x.stride), ldb=np.where(single, 1, x.width),
-                ldc=np.where(single, 1, self.ranks * np.int32(count)),
-                transpose_b=~single,
+                m=self.rows, n=self.ranks * np.int32(count) if stacked else self.ranks, k=x.width,
+                lda=x.stride, ldb=x.width, ldc=self.ranks * np.int32(count),
             )  # fmt: skip
-        rows = x.addresses
-        self._products[key].multiply(np.where(single, weights, rows), np.where(single, rows, weights), lows)
+        self._downs[key].multiply(x.addresses, weights, lows)
 
     def _up(self, total: _Rows, lows: Addresses, weights: Addresses, count: int, *, stacked: bool) -> None:
         """Add scale * low_NR W, with W [R, O], or [S, O] if `stacked`."""

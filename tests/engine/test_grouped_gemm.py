@@ -112,6 +112,20 @@ def test_a_product_has_the_same_bits_in_any_company_and_at_any_place(
     assert torch.allclose(alone.double(), expected, rtol=1e-4, atol=1e-3)
 
 
+@needs_library
+def test_threads_share_a_call_and_change_no_bit() -> None:
+    """Enough work for three threads, one product among it that is larger than the others."""
+    products = [_Product(95, 256, 96, False, True, 1.0, 0)]
+    products += [_Product(20 + number % 7, 96, 256, False, True, 1.0, number) for number in range(30)]
+    one = compute(products, [0])
+    torch.set_num_threads(3)
+    try:
+        three = compute(products, [0])
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
 @pytest.fixture
 def forget() -> Iterator[None]:
     """Have the library looked up and tried again, within the test and after it."""
