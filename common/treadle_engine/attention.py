@@ -104,11 +104,11 @@ class PackedCausal:
     def attend(
         self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        """Attend causally within each sequence; one kernel call per sequence on a CPU, one in all on CUDA."""
+        """Attend causally within each sequence; by products or a call of each on a CPU, one call in all on CUDA."""
         # The varlen kernel is written for half precision; float32 on CUDA takes the loop below.
         if self._cumulative is not None and q_THd.dtype != torch.float32:
             return self._varlen(self._cumulative, q_THd, k_TGd, v_TGd, scale, window)
-        # One call per sequence: a result can then not depend on who else is in the stream.
+        # Each sequence by itself, however many share a call: a result can then not depend on who else is in the stream.
         lengths = self._lengths
         unlimited = window is None or window >= max(lengths)
         if self._device.type == "cpu" and unlimited and q_THd.shape[2] == v_TGd.shape[2]:

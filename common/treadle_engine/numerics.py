@@ -38,7 +38,7 @@ def numerics(base: BaseModel) -> str:
         f"{device.type} {kind}",
         torch.backends.cpu.get_cpu_capability(),
         f"{torch.get_num_threads()} threads",
-        f"short segments {'grouped' if device.type == 'cpu' and available() else 'one by one'}",
+        f"small products {'grouped' if device.type == 'cpu' and available() else 'one by one'}",
         f"{1 if base.shard is None else base.shard.size} ranks",
         f"probe {_probe(base)}",
     )
