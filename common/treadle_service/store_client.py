@@ -193,11 +193,14 @@ class StoreClient:
 
         Without `verify` the content of a file is left to the caller to check.
         """
-        if self._shared_blobs is not None:
-            path = self._shared_blobs / sha256[:2] / sha256[2:]
-            if await asyncio.to_thread(_holds, path, sha256) if verify else path.is_file():
-                return path
+        path = self.blob_file(sha256)
+        if path is not None and (await asyncio.to_thread(_holds, path, sha256) if verify else path.is_file()):
+            return path
         return await self.get_blob(sha256, base)
+
+    def blob_file(self, sha256: str) -> Path | None:
+        """Returns where a blob lies, if it does, in a shared folder; None when none is shared."""
+        return None if self._shared_blobs is None else self._shared_blobs / sha256[:2] / sha256[2:]
 
     async def _has_blob(self, sha256: str) -> bool:
         request = blobs_pb2.StatBlobRequest(sha256=sha256)

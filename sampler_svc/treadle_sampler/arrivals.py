@@ -1,7 +1,8 @@
 """Revisions read while their files are still being made durable, so that they are there when they are published.
 
-What is read here has no name: it is handed out only for a published revision with the same content. At most one of a
-run is kept, the newest, and all together are bounded. Knows nothing of the store's news.
+What is read here has no name: it is handed out only for a published revision whose file is the very one that was read,
+which the store hashed before it gave it its address. At most one of a run is kept, the newest, and all together are
+bounded. Knows nothing of the store's news.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import hashlib
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import Final
 
 from treadle.internal.v1 import revisions_pb2
 from treadle_engine.base_model import KnownBase
@@ -26,101 +28,119 @@ from treadle_engine.spare_buffers import SpareBuffers
 from treadle_service.logs import get_logger
 
 log = get_logger(__name__)
-Files = Sequence[tuple[str, str]]
+MAX_ARRIVALS: Final = 64
+"""Files open at once; those of revisions that were never published stay among them."""
+
+PathOf = Callable[[str], Path | None]
 
 
-@dataclass(frozen=True, slots=True)
-class ReadFile:
-    """What a file of weights holds: the sha256 of its bytes, and the adapter or what is wrong with it."""
+def read_checked(base: KnownBase, config: bytes, path: Path, sha256: str, spare: SpareBuffers) -> AdapterWeights | None:
+    """Reads an adapter's mapped weights, and hashes them at the same time; blocks. None unless they have that sha256.
 
-    sha256: str
-    outcome: AdapterWeights | EngineError
-
-    @property
-    def weights(self) -> AdapterWeights:
-        """The adapter; raises what is wrong with it."""
-        if isinstance(self.outcome, EngineError):
-            raise self.outcome
-        return self.outcome
+    Raises OSError when there is no such file, EngineError for what is wrong with the adapter.
+    """
+    with _open(path) as file, ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(lambda: hashlib.file_digest(file, "sha256").hexdigest())
+        outcome = _read(base, config, file, spare)
+        if digest.result() != sha256:
+            return None
+    return _whole(outcome)
 
 
-def read_file(base: KnownBase, config: bytes, path: Path, spare: SpareBuffers, *, on_two_threads: bool) -> ReadFile:
-    """Reads an adapter's mapped weights and hashes them; blocks. OSError when there is no such file."""
-    # Opened once: its name may change before both are done.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    files: dict[str, bytes | Path] = {CONFIG_FILE: config, WEIGHTS_FILE: Path(f"/dev/fd/{descriptor}")}
-    with os.fdopen(descriptor, "rb") as file:
-        if not on_two_threads:
-            return ReadFile(_digest(file), _read(base, files, spare))
-        with ThreadPoolExecutor(1) as pool:
-            digest = pool.submit(_digest, file)
-            outcome = _read(base, files, spare)
-            return ReadFile(digest.result(), outcome)
+def _open(path: Path) -> BufferedReader:
+    # Opened once: the file's name may change before all is done.
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
 
 
-def _digest(file: BufferedReader) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read(base: KnownBase, files: Mapping[str, bytes | Path], spare: SpareBuffers) -> AdapterWeights | EngineError:
+def _read(base: KnownBase, config: bytes, file: BufferedReader, spare: SpareBuffers) -> AdapterWeights | EngineError:
     try:
-        return from_files(base, files, spare)
+        return from_files(base, {CONFIG_FILE: config, WEIGHTS_FILE: Path(f"/dev/fd/{file.fileno()}")}, spare)
     except EngineError as error:
         return error
+
+
+def _whole(outcome: AdapterWeights | EngineError) -> AdapterWeights:
+    if isinstance(outcome, EngineError):
+        raise outcome
+    return outcome
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
     config_sha256: str
     size: int
-    task: asyncio.Task[ReadFile | None]
+    file: BufferedReader
+    """Open as long as this is kept, so that no other file can be taken for it."""
+    task: asyncio.Task[AdapterWeights | EngineError]
+
+    def end(self) -> None:
+        """Closes the file when nobody reads it any more."""
+        self.task.add_done_callback(lambda _: self.file.close())
 
 
 class Arrivals:
     """Revisions on their way, by run; for one event loop."""
 
     def __init__(
-        self, base: KnownBase, place_of: Callable[[str], Path | None], spare: SpareBuffers, max_bytes: int
+        self, base: KnownBase, incoming_of: PathOf, blob_of: PathOf, spare: SpareBuffers, max_bytes: int
     ) -> None:
-        """`place_of` gives where a file on its way lies, None where that is out of reach.
+        """`incoming_of` gives where a file on its way lies by its name, `blob_of` where a blob does by its sha256.
 
-        All together hold at most `max_bytes` of files.
+        None where they are out of reach. All together hold at most `max_bytes` of files.
         """
-        self._base, self._place_of, self._spare, self._max_bytes = base, place_of, spare, max_bytes
+        self._base, self._spare, self._max_bytes = base, spare, max_bytes
+        self._incoming_of, self._blob_of = incoming_of, blob_of
         self._arrivals: OrderedDict[str, _Arrival] = OrderedDict()
 
     def begin(self, revision: revisions_pb2.RevisionArriving) -> None:
         """Starts to read a revision that was announced, in place of an older one of its run."""
-        path = self._place_of(revision.file)
-        self._arrivals.pop(revision.run, None)
+        self._forget(revision.run)
+        path = self._incoming_of(revision.file)
         if path is None or revision.size > self._max_bytes:
             return
-        task = asyncio.create_task(self._read(revision, path))
-        digest = hashlib.sha256(revision.config).hexdigest()
-        self._arrivals[revision.run] = _Arrival(digest, revision.size, task)
-        while sum(arrival.size for arrival in self._arrivals.values()) > self._max_bytes:
-            self._arrivals.popitem(last=False)
-
-    async def take(self, run: str, files: Files) -> AdapterWeights | None:
-        """Returns what was read of a run, and forgets it; None unless it is whole and of exactly these files."""
-        arrival = self._arrivals.pop(run, None)
-        if arrival is None:
-            return None
-        read = await asyncio.shield(arrival.task)
-        if read is None or dict(files) != {CONFIG_FILE: arrival.config_sha256, WEIGHTS_FILE: read.sha256}:
-            return None
-        return read.weights
-
-    async def _read(self, revision: revisions_pb2.RevisionArriving, path: Path) -> ReadFile | None:
-        began = time.monotonic()
         try:
-            # On one: the store, which makes the file durable for whoever waits, wants a core too.
-            read = await asyncio.to_thread(
-                read_file, self._base, revision.config, path, self._spare, on_two_threads=False
-            )
+            file = _open(path)
         except OSError as error:
             # It has become a blob already, or its trainer gave it up.
             log.info("arrival_missed", run=revision.run, cause=str(error))
+            return
+        digest = hashlib.sha256(revision.config).hexdigest()
+        task = asyncio.create_task(self._read(revision, file))
+        self._arrivals[revision.run] = _Arrival(digest, revision.size, file, task)
+        kept = self._arrivals
+        while len(kept) > MAX_ARRIVALS or sum(arrival.size for arrival in kept.values()) > self._max_bytes:
+            self._forget(next(iter(kept)))
+
+    async def take(self, run: str, files: Sequence[tuple[str, str]]) -> AdapterWeights | None:
+        """Returns what was read of a run, once; None unless it is of exactly these files. EngineError if it is broken."""
+        arrival = self._arrivals.get(run)
+        addresses = dict(files)
+        if arrival is None or addresses.keys() != {CONFIG_FILE, WEIGHTS_FILE}:
             return None
+        blob = self._blob_of(addresses[WEIGHTS_FILE])
+        # The store hashed that very file: hashing the same pages again would say the same.
+        same = blob is not None and _is_at(arrival.file, blob)
+        if not same or arrival.config_sha256 != addresses[CONFIG_FILE]:
+            return None
+        self._forget(run)
+        return _whole(await asyncio.shield(arrival.task))
+
+    def _forget(self, run: str) -> None:
+        arrival = self._arrivals.pop(run, None)
+        if arrival is not None:
+            arrival.end()
+
+    async def _read(
+        self, revision: revisions_pb2.RevisionArriving, file: BufferedReader
+    ) -> AdapterWeights | EngineError:
+        began = time.monotonic()
+        outcome = await asyncio.to_thread(_read, self._base, revision.config, file, self._spare)
         log.info("revision_arrived", run=revision.run, num_bytes=revision.size, read_seconds=time.monotonic() - began)
-        return read
+        return outcome
+
+
+def _is_at(file: BufferedReader, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except OSError:
+        return False

@@ -24,7 +24,7 @@ from treadle_engine.lora import AdapterWeights
 from treadle_engine.peft_format import CONFIG_FILE, WEIGHTS_FILE, from_files
 from treadle_engine.spare_buffers import SpareBuffers
 from treadle_sampler.adapter_cache import Found
-from treadle_sampler.arrivals import Arrivals, read_file
+from treadle_sampler.arrivals import Arrivals, read_checked
 from treadle_service.logs import get_logger
 from treadle_service.store_client import KnownBlob, StoreClient
 
@@ -42,7 +42,7 @@ class StoreSource:
         """At most `max_arriving_bytes` of files are read before they are published."""
         self.store, self.base = store, base
         self._spare = SpareBuffers(_MOST_SPARE_BYTES)
-        self.arrivals = Arrivals(base, store.incoming.path_of, self._spare, max_arriving_bytes)
+        self.arrivals = Arrivals(base, store.incoming.path_of, store.blob_file, self._spare, max_arriving_bytes)
         self._delta_bytes = delta_bytes
         self._preparing: asyncio.Task[None] | None = None
         self._kept: OrderedDict[str, KnownBlob] = OrderedDict()
@@ -111,9 +111,10 @@ class StoreSource:
         if isinstance(path, Path) and config is not None:
             config = config if isinstance(config, bytes) else await asyncio.to_thread(config.read_bytes)
             with contextlib.suppress(OSError):
-                read = await asyncio.to_thread(read_file, self.base, config, path, self._spare, on_two_threads=True)
-                if read.sha256 == addresses[WEIGHTS_FILE]:
-                    return read.weights
+                sha256 = addresses[WEIGHTS_FILE]
+                weights = await asyncio.to_thread(read_checked, self.base, config, path, sha256, self._spare)
+                if weights is not None:
+                    return weights
             files = {CONFIG_FILE: config, WEIGHTS_FILE: await self.store.get_blob(addresses[WEIGHTS_FILE])}
         return await asyncio.to_thread(from_files, self.base, files, self._spare)
 

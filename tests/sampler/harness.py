@@ -105,8 +105,10 @@ class Bench:
         await stub.AnnounceRevision(request, metadata=self.internal)
         return file
 
-    async def save(self, name: str, base: DecodeBase, weights: AdapterWeights, revision: str) -> str:
-        """Store a revision of a run as a trainer would, and return its name."""
+    async def save(
+        self, name: str, base: DecodeBase, weights: AdapterWeights, revision: str, announced: Path | None = None
+    ) -> str:
+        """Store a revision of a run as a trainer would, its weights by the file that was announced; return its name."""
         lora = types_pb2.LoraConfig(rank=weights.config.rank)
         claim = journal_pb2.ClaimRunRequest(run=name, holder="t", address="127.0.0.1:1")
         claim.ttl.FromSeconds(60)
@@ -115,7 +117,11 @@ class Bench:
         adapter.created.GetCurrentTime()
         for path, content in to_files(base, weights).items():
             sha256 = hashlib.sha256(content).hexdigest()
-            await self.blobs.PutBlob(_frames(content, sha256), metadata=self.internal)
+            if announced is not None and path == WEIGHTS_FILE:
+                adopt = blobs_pb2.AdoptBlobRequest(file=announced.name, size=len(content))
+                await self.blobs.AdoptBlob(adopt, metadata=self.internal)
+            else:
+                await self.blobs.PutBlob(_frames(content, sha256), metadata=self.internal)
             adapter.files.add(path=path, size=len(content), sha256=sha256)
         record = journal_pb2.RecordAdapterRequest(run=name, epoch=epoch, adapter=adapter, seq=1)
         await self.journal.RecordAdapter(record, metadata=self.internal)

@@ -23,22 +23,33 @@ from treadle_sampler.revision_source import StoreSource
 
 RUN = "tenants/acme/runs/r"
 FILE = "0" * 32
+Files = tuple[tuple[str, str], ...]
 
 
 class Desk:
-    """Arrivals over a folder, and files in it."""
+    """Arrivals over a folder, the files on their way there, and the blobs that they become."""
 
     def __init__(self, base: DecodeBase, folder: Path, max_bytes: int = 2**30) -> None:
         self.base, self.folder, self.spare = base, folder, SpareBuffers()
-        self.arrivals = Arrivals(base, folder.joinpath, self.spare, max_bytes)
+        self.arrivals = Arrivals(base, folder.joinpath, folder.joinpath, self.spare, max_bytes)
 
-    def write(self, weights: AdapterWeights, file: str = FILE, run: str = RUN) -> tuple[tuple[str, str], ...]:
+    def announce(self, weights: AdapterWeights, file: str = FILE, run: str = RUN) -> Files:
         """Put a file there, have it read, and return the addresses of the revision that it is part of."""
         files = to_files(self.base, weights)
         (self.folder / file).write_bytes(files[WEIGHTS_FILE])
         size = len(files[WEIGHTS_FILE])
         self.arrivals.begin(revisions_pb2.RevisionArriving(run=run, file=file, size=size, config=files[CONFIG_FILE]))
         return tuple(sorted((path, hashlib.sha256(content).hexdigest()) for path, content in files.items()))
+
+    def adopt(self, files: Files, file: str = FILE) -> None:
+        """Make a blob of a file as the store does."""
+        (self.folder / file).replace(self.folder / dict(files)[WEIGHTS_FILE])
+
+    def write(self, weights: AdapterWeights, file: str = FILE, run: str = RUN) -> Files:
+        """Do both."""
+        files = self.announce(weights, file, run)
+        self.adopt(files, file)
+        return files
 
 
 @pytest.fixture
@@ -47,17 +58,21 @@ def desk(base: DecodeBase, tmp_path: Path) -> Iterator[Desk]:
     return Desk(base, tmp_path)
 
 
-async def test_what_was_read_is_the_revision_of_that_content_alone(desk: Desk, base: DecodeBase) -> None:
-    """Bit for bit, once; another run, other weights or another configuration get nothing."""
+async def test_what_was_read_is_the_revision_of_that_file_alone(desk: Desk, base: DecodeBase) -> None:
+    """Bit for bit, once; another run, another file of the same content or another configuration get nothing."""
     weights = make_weights(base, 1)
-    files = desk.write(weights)
+    files = desk.announce(weights)
+    desk.adopt(files)
     assert await desk.arrivals.take("tenants/acme/runs/other", files) is None
     taken = await desk.arrivals.take(RUN, files)
     assert taken is not None
     assert torch.equal(taken.flat, weights.flat)
     assert await desk.arrivals.take(RUN, files) is None
+    desk.announce(weights)
+    assert await desk.arrivals.take(RUN, files) is None
     for path in (CONFIG_FILE, WEIGHTS_FILE):
-        desk.write(weights)
+        desk.announce(weights)
+        desk.adopt(files)
         other = tuple((name, "0" * 64 if name == path else sha256) for name, sha256 in files)
         assert await desk.arrivals.take(RUN, other) is None
 
@@ -70,7 +85,7 @@ async def test_the_newest_of_a_run_counts_and_all_are_bounded(base: DecodeBase, 
     old, new = desk.write(first, "a"), desk.write(second, "b")
     assert await desk.arrivals.take(RUN, old) is None
     runs = [f"{RUN}{number}" for number in range(3)]
-    files = [desk.write(second, run[-1], run) for run in runs]
+    files = [desk.write(make_weights(base, 3 + int(run[-1])), run[-1], run) for run in runs]
     assert [await desk.arrivals.take(*pair) is not None for pair in zip(runs, files, strict=True)] == [
         False,
         True,
@@ -85,7 +100,9 @@ async def test_a_file_that_is_gone_or_broken_does_no_harm(desk: Desk, base: Deco
     """Without a file there is nothing; what is wrong with a file is told to those who ask for the revision."""
     weights = make_weights(base, 1)
     files = desk.write(weights)
-    (tmp_path / FILE).unlink()
+    (tmp_path / dict(files)[WEIGHTS_FILE]).unlink()
+    assert await desk.arrivals.take(RUN, files) is None
+    desk.arrivals.begin(revisions_pb2.RevisionArriving(run=RUN, file="gone", size=1))
     assert await desk.arrivals.take(RUN, files) is None
     (tmp_path / "target").write_bytes(b"")
     (tmp_path / FILE).symlink_to(tmp_path / "target")
@@ -117,13 +134,25 @@ async def test_an_announced_revision_is_there_when_it_is_published(
         weights, run = make_weights(base, 1), await bench.new_run(2)
         await serve(bench, base, run)
         fetched.clear()
-        await bench.announce(run, base, weights, tmp_path / "blobs" / "incoming")
+        file = await bench.announce(run, base, weights, tmp_path / "blobs" / "incoming")
         await asyncio.sleep(0.1)
         assert await bench.refusal(ask(f"{run}/revisions/next")) == "MODEL_NOT_FOUND"
-        model = await bench.save(run, base, weights, "next")
+        model = await bench.save(run, base, weights, "next", file)
         await cached(bench, model)
         assert tokens_of(await bench.sample(ask(model, max_tokens=4))) == [expected_tokens(base, weights)]
     assert fetched == []
+
+
+async def test_what_was_read_is_not_read_again_however_long_it_takes(desk: Desk, base: DecodeBase) -> None:
+    """Asked for while it is being read, it is waited for; forgotten meanwhile, it does no harm."""
+    weights = make_weights(base, 1)
+    files = desk.write(weights)
+    taking = asyncio.create_task(desk.arrivals.take(RUN, files))
+    await asyncio.sleep(0)
+    desk.announce(make_weights(base, 2))
+    taken = await taking
+    assert taken is not None
+    assert torch.equal(taken.flat, weights.flat)
 
 
 async def test_another_revision_than_the_announced_one_is_itself(tmp_path: Path, base: DecodeBase) -> None:
