@@ -113,12 +113,12 @@ def publish_alone(training: TrainingClient, data: list[Any], rounds: int) -> lis
 
 
 def legs(cluster: Cluster, rounds: int) -> list[Row]:
-    """Returns the medians of what the services logged of the last revisions."""
+    """Returns the medians of what the services logged of the revisions that were sampled from, which came first."""
     rows = []
     for role, (event, names) in LEGS.items():
         entries = [line for line in read_log(cluster.folder / f"{role.split()[0]}.log") if line.get("event") == event]
         for leg in names:
-            values = [float(entry[leg]) for entry in entries if leg in entry][-rounds:]
+            values = [float(entry[leg]) for entry in entries if leg in entry][2 : rounds + 2]
             if values:
                 value = f"{1e3 * median(values):.1f} ms ({1e3 * min(values):.1f}-{1e3 * max(values):.1f})"
                 rows.append({"figure": f"{role}: {event}.{leg}", "value": value})

@@ -112,7 +112,7 @@ class Arrivals:
             self._forget(next(iter(kept)))
 
     async def take(self, run: str, files: Sequence[tuple[str, str]]) -> AdapterWeights | None:
-        """Returns what was read of a run, once; None unless it is of exactly these files. EngineError if it is broken."""
+        """Returns what was read of a run, once; None unless it is of exactly these files. Raises EngineError."""
         arrival = self._arrivals.get(run)
         addresses = dict(files)
         if arrival is None or addresses.keys() != {CONFIG_FILE, WEIGHTS_FILE}:

@@ -28,7 +28,7 @@ from treadle_sampler.arrivals import Arrivals, read_checked
 from treadle_service.logs import get_logger
 from treadle_service.store_client import KnownBlob, StoreClient
 
-_QUIET_SECONDS: Final = 0.1
+_QUIET_SECONDS: Final = 0.05
 _MOST_SPARE_BYTES: Final = 2**26
 log = get_logger(__name__)
 

@@ -33,7 +33,7 @@ from treadle_trainer.snapshots import Snapshots
 
 SAVE_STATE: Final = "save_state"
 SAVE_WEIGHTS: Final = "save_weights_for_sampler"
-QUIET_SECONDS: Final = 0.1
+QUIET_SECONDS: Final = 0.05
 log = get_logger(__name__)
 
 
