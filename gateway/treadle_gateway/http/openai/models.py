@@ -18,7 +18,8 @@ from typing import Any, Final
 from treadle.errors import NotFoundError, TreadleError
 from treadle.names import is_adapter, parse_adapter, parse_run
 from treadle.v1 import adapters_pb2, admin_pb2
-from treadle_gateway.directory import Directory, model_not_found
+from treadle_gateway.cache import AsyncCache
+from treadle_gateway.directory import ADAPTER_CACHE_SECONDS, Directory, model_not_found
 from treadle_gateway.http.tinker.ids import SCHEME, parse_path
 from treadle_gateway.local_calls import LocalCalls
 from treadle_service.principal import current_principal
@@ -43,6 +44,7 @@ class Models:
         self._calls = calls
         self._directory = directory
         self._aliases = dict(aliases)
+        self._own_revisions: AsyncCache[str, str] = AsyncCache(ADAPTER_CACHE_SECONDS)
 
     async def find(self, name: str) -> Model:
         """Returns what a name means to the caller; MODEL_NOT_FOUND for all that is not there, or not the caller's."""
@@ -94,6 +96,7 @@ class Models:
             await self._calls.adapters.DeleteRevision(adapters_pb2.DeleteRevisionRequest(name=exact))
         except NotFoundError as error:
             raise model_not_found(name) from error
+        self._own_revisions.drop(exact)
         return exact
 
     async def _bases(self) -> dict[str, admin_pb2.BaseModel]:
@@ -101,13 +104,22 @@ class Models:
         return {base.name: base for base in answer.bases if base.sampleable}
 
     async def _of_path(self, own: str, asked: str) -> str:
-        """Returns the revision that a path means, which names no tenant: the caller's own, else a public one."""
-        wanted = parse_adapter(own).of_any_tenant
+        """Returns the revision that a path means, which names no tenant: the caller's own, else a public one.
+
+        One's own is remembered: that it has been deleted since, the sampler says. A public one may be taken back.
+        """
+        wanted = adapters_pb2.GetRevisionRequest(name=parse_adapter(own).of_any_tenant)
+
+        async def ask() -> str:
+            return (await self._calls.adapters.GetRevision(wanted)).revision.name
+
         try:
-            found = await self._calls.adapters.GetRevision(adapters_pb2.GetRevisionRequest(name=wanted))
+            found = await self._own_revisions.get(own, ask)
         except TreadleError as error:
             raise model_not_found(asked) if error.reason in ("ADAPTER_NOT_FOUND", "BAD_NAME") else error from error
-        return found.revision.name
+        if found != own:
+            self._own_revisions.drop(own)
+        return found
 
     async def _newest(self, run: str, asked: str) -> str:
         request = adapters_pb2.ListRevisionsRequest(run=run, page_size=1)
