@@ -136,9 +136,9 @@ def follow() -> None:
     settings = load_settings(SamplerSettings)
     configure_logging("sampler", settings.log_format, settings.log_level)
 
-    def load() -> tuple[RankGroup, DecodeBase, Decoder]:
+    def load() -> tuple[RankGroup, tuple[DecodeBase, Decoder]]:
         group = RankGroup(settings.device, settings.rank_timeout_seconds)
-        return group, *_load(settings, group)
+        return group, _load(settings, group)
 
     ranks.follow(load)
 

@@ -25,8 +25,9 @@ from treadle_engine.lora import AdapterWeights, LoraConfig
 from treadle_engine.rank_group import Line, RankGroup
 from treadle_engine.sampling import Drawn
 from treadle_engine.shards import GroupLostError
+from treadle_service import ranks
 from treadle_service.logs import get_logger
-from treadle_service.ranks import give_up, leave_signals_to_rank_0
+from treadle_service.ranks import give_up
 
 log = get_logger(__name__)
 
@@ -143,10 +144,7 @@ class GroupDecoder:
 
     def end(self) -> None:
         """Tell the other ranks that nothing comes any more."""
-        try:
-            self._line.share(None)
-        except GroupLostError as error:
-            log.warning("rank_lost", error=str(error))
+        ranks.tell_end(self._line.share, GroupLostError)
 
     def _tell(self, *, step: bool) -> None:
         while self._unused:
@@ -174,31 +172,23 @@ class GroupDecoder:
         return self._count
 
 
-class Leader:
-    """Rank 0's place in its group, from before the base is loaded."""
+class Leader(ranks.Leader[RankGroup]):
+    """Rank 0's place in its group, and the decoder that leads the others'."""
 
     def __init__(self, timeout_seconds: float) -> None:
         """A rank that does not answer for so long is lost."""
-        self._timeout_seconds = timeout_seconds
-        self._group: RankGroup | None = None
+        super().__init__(RankGroup, timeout_seconds)
         self._decoder: GroupDecoder | None = None
-
-    def join(self, device: str) -> RankGroup:
-        """Meet the others, on the thread that loads."""
-        self._group = RankGroup(device, self._timeout_seconds)
-        return self._group
 
     def lead(self, decoder: Decoder) -> GroupDecoder:
         """Return the decoder of all ranks, given rank 0's."""
-        if self._group is None:
-            raise GroupLostError("the ranks have not met")
-        self._decoder = GroupDecoder(decoder, self._group.main)
+        self._decoder = GroupDecoder(decoder, self.group.main)
         return self._decoder
 
     async def beat_forever(self, call: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
         """Let the others hear from time to time that rank 0 lives; `call` runs a function on the decoder's thread."""
         while self._decoder is not None:
-            await asyncio.sleep(self._timeout_seconds / 4)
+            await asyncio.sleep(self.beat_seconds)
             await call(self._decoder.beat)
 
     def end(self) -> None:
@@ -262,15 +252,11 @@ def settle_draws(line: Line) -> Callable[[Drawn], Drawn]:
     return settle
 
 
-def follow(load: Callable[[], tuple[RankGroup, DecodeBase, Decoder]]) -> None:
+def follow(load: Callable[[], tuple[RankGroup, tuple[DecodeBase, Decoder]]]) -> None:
     """Decodes what rank 0 says until it ends."""
-    leave_signals_to_rank_0()
-    try:
-        group, base, decoder = load()
-    except GroupLostError as error:
-        give_up(error)
-    log.info("rank_ready", rank=group.rank, size=group.size)
-    with torch.no_grad():
-        _Follower(base, decoder, group.main).run()
-    group.leave()
-    log.info("rank_ended", rank=group.rank)
+
+    def decode(group: RankGroup, loaded: tuple[DecodeBase, Decoder]) -> None:
+        with torch.no_grad():
+            _Follower(*loaded, group.main).run()
+
+    ranks.follow_rank_0(load, decode, GroupLostError)

@@ -14,8 +14,9 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from treadle_engine.rank_group import Line, RankGroup
 from treadle_engine.shards import GroupLostError
+from treadle_service import ranks
 from treadle_service.logs import get_logger
-from treadle_service.ranks import give_up, leave_signals_to_rank_0
+from treadle_service.ranks import give_up
 from treadle_trainer.device import Device, Stepped
 
 P = ParamSpec("P")
@@ -34,49 +35,34 @@ LOCAL: Final = frozenset(
 log = get_logger(__name__)
 
 
-class Leader:
+class Leader(ranks.Leader[RankGroup]):
     """Rank 0: has its calls of the device made on all ranks."""
 
     def __init__(self, timeout_seconds: float) -> None:
         """A rank that does not answer for so long is lost; `join` comes first."""
-        self._timeout_seconds = timeout_seconds
-        self._group: RankGroup | None = None
-
-    @property
-    def beat_seconds(self) -> float:
-        """How often the others must hear something, for them to know that rank 0 lives."""
-        return self._timeout_seconds / 4
-
-    def join(self, device: str) -> RankGroup:
-        """Meets the others, on the thread that loads."""
-        self._group = RankGroup(device, self._timeout_seconds)
-        return self._group
+        super().__init__(RankGroup, timeout_seconds)
 
     def on_passes(
         self, method: Callable[Concatenate[Device, P], R], device: Device, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Makes a call on all ranks, on the thread of the passes."""
-        return self._make(self._joined.main, device, method, *args, **kwargs)
+        return self._make(self.group.main, device, method, *args, **kwargs)
 
     def on_side(
         self, method: Callable[Concatenate[Device, P], R], device: Device, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Makes a call on all ranks, on the thread beside the passes."""
-        return self._make(self._joined.beside, device, method, *args, **kwargs)
+        return self._make(self.group.beside, device, method, *args, **kwargs)
 
     def end_passes(self) -> None:
         """Tells the others that no further call comes on the thread of the passes."""
-        self._end(main=True)
+        if self.has_met:
+            ranks.tell_end(self.group.main.share, GroupLostError)
 
     def end_side(self) -> None:
         """Tells the others that no further call comes on the thread beside the passes."""
-        self._end(main=False)
-
-    @property
-    def _joined(self) -> RankGroup:
-        if self._group is None:
-            raise GroupLostError("the ranks have not met")
-        return self._group
+        if self.has_met:
+            ranks.tell_end(self.group.beside.share, GroupLostError)
 
     def _make(
         self, line: Line, device: Device, method: Callable[Concatenate[Device, P], R], *args: P.args, **kwargs: P.kwargs
@@ -84,7 +70,7 @@ class Leader:
         if method.__name__ in LOCAL:
             return method(device, *args, **kwargs)
         command: Command = (method.__name__, args, kwargs)
-        if not self._joined.on_one_host:
+        if not self.group.on_one_host:
             command = (command[0], tuple(without_paths(value) for value in args), without_paths(kwargs))
         try:
             line.share(command)
@@ -92,29 +78,18 @@ class Leader:
         except GroupLostError as error:
             give_up(error)
 
-    def _end(self, *, main: bool) -> None:
-        if self._group is None:
-            return
-        try:
-            (self._group.main if main else self._group.beside).share(None)
-        except GroupLostError as error:
-            log.warning("rank_lost", error=str(error))
-
 
 def follow(load: Callable[[], tuple[RankGroup, Device]]) -> None:
     """Does what rank 0 says until it ends."""
-    leave_signals_to_rank_0()
-    try:
-        group, device = load()
-    except GroupLostError as error:
-        give_up(error)
-    log.info("rank_ready", rank=group.rank, size=group.size)
+    ranks.follow_rank_0(load, _obey_both, GroupLostError)
+
+
+def _obey_both(group: RankGroup, device: Device) -> None:
+    """Makes the calls of both threads."""
     beside = threading.Thread(target=_obey, args=(group.beside, device), name="beside", daemon=True)
     beside.start()
     _obey(group.main, device)
     beside.join()
-    group.leave()
-    log.info("rank_ended", rank=group.rank)
 
 
 def _obey(line: Line, device: Device) -> None:
