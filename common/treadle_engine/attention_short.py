@@ -153,7 +153,7 @@ class _Part:
 
     def _softmax(self, q: int, k: int) -> Tensor:
         """Return P [R, E] of streams at these addresses."""
-        p_RE = self._bias_1RE.repeat(self._heads, 1, 1).flatten(0, 1)
+        p_RE = torch.empty(self._heads, *self._bias_1RE.shape[1:]).copy_(self._bias_1RE).flatten(0, 1)
         self._scores.multiply(q + self._at_q, k + self._at_k, p_RE.data_ptr() + self._at_scores)
         return torch.softmax(p_RE, dim=-1, out=p_RE)
 

@@ -70,7 +70,8 @@ class Products:
         self._sizes, self._factors = np.ones((8, total), np.int32), np.zeros((2, total), np.float32)
         self._sizes[:2] = _AS_IS
         for row, flag in enumerate((transpose_a, transpose_b)):
-            self._sizes[row, :count] = _AS_IS + (_TRANSPOSED - _AS_IS) * np.asarray(flag)
+            if flag is not False:
+                self._sizes[row, :count] = _TRANSPOSED if flag is True else np.where(flag, _TRANSPOSED, _AS_IS)
         for row, values in enumerate((m, n, k, lda, ldb, ldc), start=2):
             self._sizes[row, :count] = values
         self._factors[0, :count], self._factors[1, :count] = alpha, beta

@@ -46,10 +46,8 @@ class ShortLows:
     def __init__(self, owner: ShortSegments, count: int) -> None:
         """Make room at `count` sites for the segments of `owner`."""
         self.owner, self.count = owner, count
-        sizes = owner.rows * owner.ranks * count
-        ends = np.cumsum(-(-sizes // _LINE) * _LINE, dtype=np.int64)
-        self._offsets = ends - (-(-sizes // _LINE) * _LINE)
-        self._flat = torch.empty(int(ends[-1]))
+        self._offsets, size = owner.low_places(count)
+        self._flat = torch.empty(size)
         self.addresses: Addresses = self._flat.data_ptr() + _BYTES * self._offsets
 
     def site(self, number: int) -> Addresses:
@@ -92,12 +90,28 @@ class ShortSegments:
         self._flats = np.array([weights.flat.data_ptr() for weights in adapters], np.int64)
         self._at_a = _stacked([weights.layout.offsets_a for weights in adapters])
         self._at_b = _stacked([weights.layout.offsets_b for weights in adapters])
-        self.starts = np.cumsum(self.rows, dtype=np.int64) - self.rows
+        self._starts = np.cumsum(self.rows, dtype=np.int64) - self.rows
         self.num_rows = int(self.rows.sum())
         self.runs = _runs(self._own)
         self._parts: dict[bytes, ShortSegments | None] = {}
+        self._low_places: dict[int, tuple[NDArray[np.int64], int]] = {}
+        self._row_places: dict[int, Addresses] = {}
         self._downs: dict[tuple[int, int, int, bool], TimesTransposed] = {}
         self._products: dict[tuple[str | int, ...], Products] = {}
+
+    def low_places(self, count: int) -> tuple[NDArray[np.int64], int]:
+        """Return where each segment's low_NS begins at `count` sites, in values, and how many there are in all."""
+        if count not in self._low_places:
+            sizes = -(-self.rows * self.ranks * count // _LINE) * _LINE
+            ends = np.cumsum(sizes, dtype=np.int64)
+            self._low_places[count] = ends - sizes, int(ends[-1])
+        return self._low_places[count]
+
+    def row_places(self, stride: int) -> Addresses:
+        """Return where each segment's first row begins, in bytes, where rows are `stride` values apart."""
+        if stride not in self._row_places:
+            self._row_places[stride] = self._starts * (_BYTES * stride)
+        return self._row_places[stride]
 
     def at(self, site: int) -> ShortSegments | None:
         """Return those that have weights at a site, None if there are none."""
@@ -197,28 +211,29 @@ class _Rows:
         self.width = stream.shape[1]
         self.stride = -(-self.width // ALIGNED_VALUES) * ALIGNED_VALUES
         self._runs, self._stream = owner.runs, stream
-        self._values = self._own_values(owner.num_rows)
-        self.addresses: Addresses = owner.starts * (_BYTES * self.stride) + self._values.data_ptr()
-
-    def _own_values(self, num_rows: int) -> Tensor:
+        # All rows of a stream that need no room between them, as they mostly are.
+        self._whole: Tensor | None = None
         if len(self._runs) == 1 and self.stride == self.width:
-            values = self._stream[self._runs[0]].float().contiguous()
-            if values.data_ptr() % (_BYTES * ALIGNED_VALUES) == 0:
-                return values
-        values = torch.empty(num_rows, self.stride)
-        for run, own in self._pieces(values):
-            own.copy_(run)
-        return values
+            self._whole = stream[self._runs[0]]
+            self._values = self._whole.float().contiguous()
+        if self._whole is None or self._values.data_ptr() % (_BYTES * ALIGNED_VALUES):
+            self._whole = None
+            self._values = torch.empty(owner.num_rows, self.stride)
+            for run, own in self._pieces():
+                own.copy_(run)
+        self.addresses: Addresses = owner.row_places(self.stride) + self._values.data_ptr()
 
     def write_back(self) -> None:
         """Put the values into the stream, rounding to its dtype, unless they are the stream's own."""
-        for run, own in self._pieces(self._values):
-            if run.data_ptr() != own.data_ptr():
+        if self._whole is None:
+            for run, own in self._pieces():
                 run.copy_(own)
+        elif self._whole.data_ptr() != self._values.data_ptr():
+            self._whole.copy_(self._values)
 
-    def _pieces(self, values: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return the runs of the stream and the same rows of `values`."""
-        parts = torch.split(values, [run.stop - run.start for run in self._runs])
+    def _pieces(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the runs of the stream and the same rows of the values."""
+        parts = torch.split(self._values, [run.stop - run.start for run in self._runs])
         return [(self._stream[run], part[:, : self.width]) for run, part in zip(self._runs, parts, strict=True)]
 
 
