@@ -96,6 +96,8 @@ class _Case:
             self._segments.append(Segment(start, start + length, weights, grads))
             at[index, :length] = torch.arange(start, start + length)
             start += length
+        # Once for all linears of a pass.
+        self._short = short_segments(self._segments)
         self._at, self._real = at.view(-1), torch.arange(self.longest) < torch.tensor(lengths)[:, None]
 
     def segments(self) -> None:
@@ -111,7 +113,7 @@ class _Case:
 
     def grouped(self) -> None:
         """Group them, as the engine does where there is a grouped product."""
-        short = short_segments(self._segments)
+        short = self._short
         assert short is not None  # `_compare` asks before
         lows = short.forward(0, self.x, [self.y])
         short.backward(0, [self.g], self.x, lows, self.gx)
