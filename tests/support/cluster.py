@@ -30,11 +30,18 @@ GROUP_MANIFESTS = Path(__file__).parents[2] / "deploy/kustomize/components/leade
 CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200))
 
 
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """Returns a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Returns a port that was free a moment ago, and was not given before: that one may not be bound yet."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port
 
 
 def group_command(role: str, nodes: int, node: int, port: int, ranks: int, *options: str) -> list[str]:
@@ -141,6 +148,8 @@ class Cluster:
                     assert self.processes[role].poll() is None, f"{role} ended:\n{self.log_of(role)}"
                     assert time.monotonic() < deadline, f"{role} is not ready:\n{self.log_of(role)}"
                     time.sleep(0.05)
+            # Else somebody else answered on its port.
+            assert self.processes[role].poll() is None, f"{role} ended:\n{self.log_of(role)}"
 
     @staticmethod
     def _ready(stub: health_pb2_grpc.HealthStub) -> bool:
