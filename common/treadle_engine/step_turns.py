@@ -16,6 +16,10 @@ from typing import Final
 RECENT_STEPS: Final = 64
 """How long an owner is remembered: between two requests it is away for some steps of others."""
 
+_SHORT, _SHORT_OF_THREE = 0.5, 0.64
+"""Longest short step, of what is due: the rest makes up for the excess. Half would not hold two light owners of three,
+who would take turns and wait for more than half as long again as they should."""
+
 
 class StepTurns:
     """What owners had lately, and how far the lightest of them is behind."""
@@ -33,7 +37,7 @@ class StepTurns:
     def in_turn(self, owners: Iterable[str]) -> list[str]:
         """Returns the owners, those first who had fewest rows; who is new has had as many as the first of the rest."""
         there = set(owners)
-        least = min((self._had[owner] for owner in there if owner in self._had), default=0.0)
+        least = self._least(there)
         return sorted(there, key=lambda owner: (self._had.get(owner, least), owner))
 
     def fair_length(self, rows: Mapping[str, float]) -> float:
@@ -55,8 +59,7 @@ class StepTurns:
         owners = self.in_turn(rows)
         if self._late <= 0.0:
             return owners
-        # At most half of what is due, so that the rest makes up for the excess.
-        room = max(self._due / len(rows), self._due / 2) - self._fixed
+        room = self._due * (_SHORT_OF_THREE if len(rows) == 3 else _SHORT) - self._fixed
         chosen = []
         for owner in owners:
             if rows[owner] <= room:
@@ -70,13 +73,17 @@ class StepTurns:
             return
         self._late = max(0.0, self._late + self._fixed + sum(rows.values()) - self._due)
         self._steps += 1
-        least = min((self._had[owner] for owner in rows if owner in self._had), default=0.0)
+        least = self._least(rows)
         for owner, count in rows.items():
             self._had[owner] = self._had.get(owner, least) + count
             self._last[owner] = self._steps
         for owner in [owner for owner, step in self._last.items() if self._steps - step >= RECENT_STEPS]:
             del self._had[owner], self._last[owner]
         self._brought = {owner: count for owner, count in self._brought.items() if owner in self._last}
+
+    def _least(self, owners: Iterable[str]) -> float:
+        """Returns what the first of these owners in turn has had: where one that is new begins."""
+        return min((self._had[owner] for owner in owners if owner in self._had), default=0.0)
 
     def _due_of(self, rows: Mapping[str, float]) -> float:
         """Returns what as many steps take as there are owners, of what the lightest brings."""
