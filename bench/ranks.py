@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from statistics import median
 from typing import Any
 
 from bench.workloads import MODELS, base_folder
+from tests.support.cluster import free_port
 
 Row = dict[str, Any]  # Any: JSON values
 
@@ -68,10 +68,8 @@ def run(options: argparse.Namespace) -> list[Row]:
 
 
 def _measure(folder: str, ranks: int, way: str, generic: bool, options: argparse.Namespace) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), f"--nproc-per-node={ranks}", f"--master-port={port}"]
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), f"--nproc-per-node={ranks}"]
+    torchrun.append(f"--master-port={free_port()}")
     command = [*(torchrun if ranks > 1 else [sys.executable])]
     command += ["--module" if ranks > 1 else "-m", "bench.rank_side", way, "--base", folder]
     command += ["--dtype", options.dtype, "--rounds", str(options.rounds), "--threads", "1"]

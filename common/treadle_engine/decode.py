@@ -52,8 +52,7 @@ _ROWS_PER_READING = 16
 _SHARED_ROWS = 64
 """Prompt tokens that a step may read however little the lightest of several owners brings."""
 
-_FIXED_ROWS = {"cpu": 16.0}
-_FIXED_ROWS_OTHERWISE = 256.0
+_FIXED_ROWS_CPU, _FIXED_ROWS_GPU = 16.0, 256.0
 """What a step takes whatever it holds, as so many samples' rows; on a GPU it is nearly all of a step (not measured)."""
 
 _READ_ROW = 0.25
@@ -92,7 +91,7 @@ class Decoder:
         cache = KvCache(info.num_layers, info.num_kv_heads, info.head_dim, base.dtype, base.device, positions)
         self._cache = cache
         self._places = Places(cache, max_sequences, keep_prefixes=keep_prefixes)
-        self._turns = StepTurns(_FIXED_ROWS.get(base.device.type, _FIXED_ROWS_OTHERWISE))
+        self._turns = StepTurns(_FIXED_ROWS_CPU if base.device.type == "cpu" else _FIXED_ROWS_GPU)
         self._numbers = itertools.count(1)
         self._prompts: dict[int, Prompt] = {}
         self._seeds: weakref.WeakKeyDictionary[AdapterWeights, int] = weakref.WeakKeyDictionary()
@@ -172,7 +171,10 @@ class Decoder:
         parts = places.choose_parts(budget, taking_part)
         resting = [sample for sample in places.samples if sample.prompt.owner not in taking_part]
         places.samples = _by_adapter([sample for sample in places.samples if sample.prompt.owner in taking_part])
-        self._turns.charge(_rows_by_owner(places.samples, [(part.prompt.owner, count) for part, count in parts]))
+        read: Counter[str] = Counter()
+        for part, count in parts:
+            read[part.prompt.owner] += count
+        self._turns.charge(_rows_by_owner(_count_by_owner(places.samples), read))
         prompts = [*(sample.prompt for sample in places.samples), *(reading.prompt for reading, _ in parts)]
         self.owners = Counter(prompt.request.owner for prompt in prompts)
         logits_NV = self._run(parts) if parts or places.samples else None
@@ -188,16 +190,13 @@ class Decoder:
     def _share_step(self) -> tuple[int, list[str]]:
         """Return how many prompt tokens the step may read, and the owners who may be in it, in turn."""
         places, budget = self._places, self._row_budget()
+        decoding = _count_by_owner(places.samples)
         unread: Counter[str] = Counter()
         for reading in places.readings:
             unread[reading.prompt.owner] += reading.num_rows - reading.cache.length
-
-        def rows() -> dict[str, float]:
-            return _rows_by_owner(places.samples, [(owner, min(budget, count)) for owner, count in unread.items()])
-
-        room = self._turns.fair_length(rows()) - len(places.samples)
+        room = self._turns.fair_length(_rows_by_owner(decoding, unread, budget)) - len(places.samples)
         budget = int(min(budget, max(_SHARED_ROWS, room / _READ_ROW)))
-        return budget, self._turns.choose(rows())
+        return budget, self._turns.choose(_rows_by_owner(decoding, unread, budget))
 
     def _row_budget(self) -> int:
         """Return how many prompt tokens the step may read: all it can when nobody decodes.
@@ -354,14 +353,13 @@ def _wants_logits(reading: Reading) -> bool:
     return reading.sample is None and reading.prompt.request.num_samples > 0
 
 
-def _rows_by_owner(samples: Sequence[Sample], reads: Sequence[tuple[str, int]]) -> dict[str, float]:
-    """Return what each owner's samples, and what it reads, take of a step, as so many samples' rows."""
-    rows: dict[str, float] = {}
-    for sample in samples:
-        rows[sample.prompt.owner] = rows.get(sample.prompt.owner, 0.0) + 1.0
-    for owner, count in reads:
-        rows[owner] = rows.get(owner, 0.0) + _READ_ROW * count
-    return rows
+def _count_by_owner(samples: Sequence[Sample]) -> Counter[str]:
+    return Counter(sample.prompt.owner for sample in samples)
+
+
+def _rows_by_owner(decoding: Counter[str], read: Counter[str], most_read: float = math.inf) -> dict[str, float]:
+    """Return what each owner's samples, and the prompt tokens that it reads, take of a step, in samples' rows."""
+    return {owner: decoding[owner] + _READ_ROW * min(most_read, read[owner]) for owner in decoding.keys() | read.keys()}
 
 
 def _by_adapter(samples: Sequence[Sample]) -> list[Sample]:

@@ -38,8 +38,10 @@ class IncomingFiles:
         """Returns where to write; None if the folder is out of reach. A `spare` file may be there to be overwritten."""
         if self._folder is None or not self._folder.is_dir():
             return None
-        ready, self._spare = (self._spare, None) if spare else (None, self._spare)
-        return ready or self._folder / secrets.token_hex(16)
+        if spare and self._spare is not None:
+            ready, self._spare = self._spare, None
+            return ready
+        return self._folder / secrets.token_hex(16)
 
     def prepare(self, size: int) -> None:
         """Makes a spare file of this many bytes unless there is one, or it would be too long; blocks."""
