@@ -73,8 +73,9 @@ class _LayerSaved:
     post_norm: _NormSaved
     gate_up: _LinearSaved
     gate_PF: Tensor
+    silu_PF: Tensor
     up_PF: Tensor
-    down: _LinearSaved
+    down: Lows
 
 
 def matches(model: PreTrainedModel) -> bool:
@@ -132,6 +133,7 @@ class LeanDecoder:
         """Return x_PD, what the last norm saved and the rotary factors; append to `keep` unless it is None."""
         x_PD: Tensor = self._decoder.embed_tokens(tokens_P)
         cosine_1Pd, sine_1Pd = self._decoder.rotary_emb(x_PD, positions_P.unsqueeze(0))
+        sine_1Pd[..., : sine_1Pd.shape[-1] // 2].neg_()
         rotary = (cosine_1Pd[0].unsqueeze(1), sine_1Pd[0].unsqueeze(1))
         for layer in self._decoder.layers:
             input_PD = x_PD
@@ -164,9 +166,10 @@ class LeanDecoder:
         x_PD = z_PD.add_(x_PD)
         y_PD, post_norm = _norm(layer.post_attention_layernorm, x_PD)
         (gate_PF, up_PF), gate_up = _project((mlp.gate_proj, mlp.up_proj), y_PD, segments)
-        (z_PD,), down = _project((mlp.down_proj,), F.silu(gate_PF).mul_(up_PF), segments)
+        silu_PF = F.silu(gate_PF)
+        (z_PD,), down = _project((mlp.down_proj,), silu_PF * up_PF, segments)
         saved = _LayerSaved(
-            input_norm, qkv, q_norm, k_norm, attention, o, post_norm, gate_up, gate_PF, up_PF, down
+            input_norm, qkv, q_norm, k_norm, attention, o, post_norm, gate_up, gate_PF, silu_PF, up_PF, down.lows
         )  # fmt: skip
         return z_PD.add_(x_PD), saved
 
@@ -206,8 +209,10 @@ def _layer_backward(
 ) -> Tensor:
     """Return the gradient of the layer's input; without `need_input` only what the adapters need is computed."""
     module, mlp = layer.self_attn, layer.mlp
-    g_PF = _project_backward((mlp.down_proj,), (g_PD,), saved.down, segments)
-    g_up_PF = F.silu(saved.gate_PF).mul_(g_PF)
+    # The input of down is multiplied again rather than kept: that is quicker than computing SiLU again.
+    down = _LinearSaved(saved.silu_PF * saved.up_PF, saved.down)
+    g_PF = _project_backward((mlp.down_proj,), (g_PD,), down, segments)
+    g_up_PF = saved.silu_PF.mul_(g_PF)
     g_gate_PF = torch.ops.aten.silu_backward(g_PF.mul_(saved.up_PF), saved.gate_PF)
     z_PD = _project_backward((mlp.gate_proj, mlp.up_proj), (g_gate_PF, g_up_PF), saved.gate_up, segments)
     g_PD = _norm_backward(layer.post_attention_layernorm, z_PD, saved.post_norm).add_(g_PD)
@@ -284,7 +289,7 @@ def _norm(norm: Module, x: Tensor) -> tuple[Tensor, _NormSaved]:
 
 
 def _norm_backward(norm: Module, g: Tensor, saved: _NormSaved) -> Tensor:
-    g_unit = (g * norm.weight).float()
+    g_unit = g.float() * norm.weight.float()
     unit = saved.x.float() * saved.factor
     along = (g_unit * unit).mean(dim=-1, keepdim=True)
     g_x: Tensor = g_unit.sub_(unit.mul_(along)).mul_(saved.factor).to(g.dtype)
@@ -292,9 +297,7 @@ def _norm_backward(norm: Module, g: Tensor, saved: _NormSaved) -> Tensor:
 
 
 def _rotate(x_Phd: Tensor, cosine_P1d: Tensor, sine_P1d: Tensor) -> Tensor:
-    """Turn each head's pairs (i, i + d/2); a negative sine turns them back, which is the backward."""
+    """Turn each head's pairs (i, i + d/2), by a sine whose first half is negated; its negative turns them back."""
     half = x_Phd.shape[-1] // 2
-    y_Phd = x_Phd * cosine_P1d
-    y_Phd[..., :half].sub_(x_Phd[..., half:] * sine_P1d[..., :half])
-    y_Phd[..., half:].add_(x_Phd[..., :half] * sine_P1d[..., half:])
-    return y_Phd
+    other_Phd = torch.cat((x_Phd[..., half:], x_Phd[..., :half]), dim=-1)
+    return other_Phd.mul_(sine_P1d).add_(x_Phd * cosine_P1d)
