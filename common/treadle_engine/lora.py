@@ -29,6 +29,7 @@ from treadle_engine.lora_products import (
     add_gradients,
     add_lora,
     add_to_input_gradient,
+    comes_once,
     low_gradient,
     product_dtype,
 )
@@ -486,6 +487,8 @@ class SegmentedLinear(nn.Linear):
                 add_to_input_gradient(block, g_SN, g_MI[rows], scale)
             if total is not None:
                 in_place = total if segment.fresh else segment.share
+                if in_place is None and comes_once(dtype, scale):
+                    in_place = total
                 share = total.zeros() if in_place is None else in_place
                 add_gradients(share, g_SN, low_SN, x_NI, own, scale)
                 if in_place is None:

@@ -9,6 +9,7 @@ when its long side is contiguous. It knows tensors alone: no adapters, segments 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -87,6 +88,14 @@ def add_gradients(
     _accumulate(total.a_SI, g_SN, x_NI, scale)
     for bt_RO, low_RN, g_NO in zip(total.bt_ROs, _by_site(low_SN, total), gradients, strict=True):
         _accumulate(bt_RO, low_RN, g_NO, scale)
+
+
+def comes_once(dtype: torch.dtype, scale: float) -> bool:
+    """Tell whether `add_gradients` may add to what is there with the bits of a sum by itself that is added then.
+
+    A product in `dtype` other than float32 is added as a whole, and a power of two scales it without rounding.
+    """
+    return dtype != torch.float32 and math.frexp(scale)[0] == 0.5
 
 
 def _by_site(stacked_SN: Tensor, block: Block) -> Sequence[Tensor]:
