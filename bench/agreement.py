@@ -72,6 +72,7 @@ def both(
     """Returns the sampler's and the trainer's log-probs of the same drawn tokens."""
     base = DecodeBase.load(folder, dtype=dtype)
     base.prepack()
+    base.compile()
     (weights,) = make_adapters(base, 1)
     rng = np.random.default_rng(0)
     decoder = Decoder(base)

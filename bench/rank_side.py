@@ -162,6 +162,7 @@ def main() -> None:
     assert isinstance(decoding, DecodeBase)
     if options.way == "columns":
         decoding.prepack()
+    decoding.compile()
     found["decode"] = timed(a_decoding_step(decoding), options.rounds * 3)
     if group is None or group.rank == 0:
         print(json.dumps(found), flush=True)

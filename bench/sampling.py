@@ -60,6 +60,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     base = DecodeBase.load(folder, name=name, dtype=options.dtype)
     if not options.no_prepack:
         base.prepack()
+    base.compile()
     parts: dict[str, Callable[[], list[Row]]] = {
         "throughput": lambda: _throughput(base, folder, options),
         "group": lambda: _group(base, options),

@@ -36,6 +36,7 @@ from treadle_engine.decode_requests import (
 )
 from treadle_engine.errors import EngineError
 from treadle_engine.kv_cache import KvCache
+from treadle_engine.logprobs import all_logprobs
 from treadle_engine.lora import AdapterWeights, Segment
 from treadle_engine.prefix_cache import BlockKeys
 from treadle_engine.prompt_scores import check_scores, read_scores, top_tokens
@@ -48,6 +49,9 @@ PREFILL_ROWS = 512
 """Most prompt tokens that one step reads."""
 
 _ROWS_PER_READING = 16
+
+_CROWD = 8
+"""Prompts that keep more waiting than they hold up, if at most twice as many samples decode."""
 
 _SHARED_ROWS = 64
 """Prompt tokens that a step may read however little the lightest of several owners brings."""
@@ -131,7 +135,7 @@ class Decoder:
 
     def forget_prefixes(self) -> None:
         """Drop what was kept of earlier requests."""
-        self._cache.prefixes.clear()
+        self._cache.forget()
 
     def add(self, request: SampleRequest) -> int:
         """Queue a request and return its number.
@@ -201,12 +205,13 @@ class Decoder:
     def _row_budget(self) -> int:
         """Return how many prompt tokens the step may read: all it can when nobody decodes.
 
-        Else as many rows as decode, so that a step takes at most twice as long as without; more if many wait.
+        Else as many rows as decode, so that a step takes at most twice as long as without; more if many wait, all it
+        can if they are a crowd.
         """
-        decoding = len(self._places.samples)
-        if not decoding:
+        decoding, reading = len(self._places.samples), len(self._places.readings)
+        if not decoding or reading >= max(_CROWD, decoding // 2):
             return PREFILL_ROWS
-        return min(PREFILL_ROWS, max(_ROWS_PER_READING * len(self._places.readings), decoding))
+        return min(PREFILL_ROWS, max(_ROWS_PER_READING * reading, decoding))
 
     def _seed_of(self, weights: AdapterWeights | None) -> bytes:
         """Return what stands for an adapter, as it is now, in the keys of its texts' blocks."""
@@ -236,11 +241,16 @@ class Decoder:
         positions: list[int] = []
         weights: list[AdapterWeights | None] = []
         last_rows: dict[int, int] = {}
+        as_trained: list[Segment] = []
         for reading, count in parts:
             start = reading.cache.length
             tokens += reading.text_T[start : start + count].tolist()
             positions += range(start, start + count)
-            weights += [reading.prompt.request.weights] * count
+            adapter = reading.prompt.request.weights
+            if reading.next_packed:
+                as_trained.append(Segment(len(weights), len(weights) + count, adapter))
+                adapter = None
+            weights += [adapter] * count
             if reading.sample is None:
                 last_rows[reading.prompt.number] = len(tokens) - 1
         slots = []
@@ -253,10 +263,10 @@ class Decoder:
         base, device = self._base, self._base.device
         plan = DecodeAttention(
             [TextPart(reading.cache, count, reading.next_packed > 0) for reading, count in parts],
-            slots, self._cache.slabs, base.info.num_kv_heads, base.block_rows, device,
+            slots, self._cache.slabs, (base.info.num_heads, base.info.num_kv_heads), base.block_rows, device,
         )  # fmt: skip
         tokens_T, positions_T = torch.tensor(tokens, device=device), torch.tensor(positions, device=device)
-        x_TD = base.hidden(tokens_T, positions_T, plan, base.adapters(_segments(weights, 0)))
+        x_TD = base.hidden(tokens_T, positions_T, plan, base.adapters(_segments(weights, 0), as_trained))
         row = 0
         for reading, count in parts:
             read_scores(base, reading, x_TD[row : row + count])
@@ -301,7 +311,7 @@ class Decoder:
             return []
         uniforms = [sample.stream.random() for sample in samples]
         asked = [sample.prompt.request.params for sample in samples]
-        drawn = draw(torch.cat(rows), asked, uniforms, [sample.history for sample in samples])
+        drawn = draw(torch.cat(rows) if born else rows[0], asked, uniforms, [sample.history for sample in samples])
         if self._settle is not None:
             drawn = self._settle(drawn)
         self._places.samples = resumed
@@ -316,7 +326,7 @@ class Decoder:
                 failed[sample.prompt.number] = sample.prompt
                 self._places.samples.append(sample)
                 continue
-            events.append(self._take(sample, token, logprob, drawn.logprobs_NV[row]))
+            events.append(self._take(sample, token, logprob, drawn.tempered_NV[row]))
         for prompt in failed.values():
             error = EngineError("NAN_LOGITS", "the model's logits are not finite numbers: its weights have diverged")
             events.append(FailedEvent(prompt.number, error))
@@ -329,7 +339,7 @@ class Decoder:
                 self._places.drop_reading(prompt)
         return events
 
-    def _take(self, sample: Sample, token: int, logprob: float, logprobs_V: Tensor) -> TokenEvent:
+    def _take(self, sample: Sample, token: int, logprob: float, tempered_V: Tensor) -> TokenEvent:
         """Append a token; keep the sample, or end it and free its place."""
         prompt = sample.prompt
         sample.tokens.append(token)
@@ -337,7 +347,8 @@ class Decoder:
             sample.history.add(token)
         stop = prompt.rule.check(sample.tokens)
         self.num_tokens += 1
-        top = top_tokens(logprobs_V[None], prompt.request.num_top) if prompt.request.num_top else None
+        count = prompt.request.num_top
+        top = top_tokens(all_logprobs(tempered_V[None]), count) if count else None
         if stop is None:
             self._places.keep(sample)
         else:

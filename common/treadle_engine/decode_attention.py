@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,46 +74,97 @@ class _PartRows:
         mask_U1C = self._masks.of(window, q_THd.dtype)
         heads = q_GUJd.shape[2]
         mask_1WC = mask_U1C.expand(-1, heads, -1).reshape(1, count * heads, -1)
-        o_GWd = _attend(q_GUJd.reshape(groups, -1, width), k_GCd, v_GCd, mask_1WC, scale, least)
-        o_THd[self._rows] = o_GWd.view(groups, count, heads, width).transpose(0, 1).reshape(count, -1, width)
+        padding = -count * heads % least
+        q_GWd, mask_1WC = (F.pad(x, (0, 0, 0, padding)) for x in (q_GUJd.reshape(groups, -1, width), mask_1WC))
+        o_GWd = _attend(q_GWd, k_GCd.transpose(1, 2), v_GCd, mask_1WC, scale)[:, : count * heads]
+        o_THd[self._rows] = o_GWd.reshape(groups, count, heads, width).transpose(0, 1).reshape(count, -1, width)
 
 
 class _SlabRows:
-    """Neighbouring sequences of one slab in this step: which rows of the step they are and what each may see."""
+    """Neighbouring sequences of one slab in this step, and where their products are among all of the step's."""
 
-    def __init__(
-        self, slab: Slab, slots: Sequence[Slot], row_of: dict[int, int], groups: int, device: torch.device
-    ) -> None:
-        count = len(slots)
-        self._kv_Y2SGCd = slab.kv_Y2SGCd[:, :, slots[0].index : slots[0].index + count]
-        self._rows_S = torch.tensor([row_of[id(slot)] for slot in slots], device=device)
-        places_S = torch.tensor([slot.length for slot in slots], device=device)
-        # Where the rows' keys go in the slots seen as [S * G * C, d].
-        lines_SG = torch.arange(count * groups, device=device).view(count, groups) * slab.capacity
-        self._places = (lines_SG + places_S[:, None]).flatten()
-        self._masks = _Masks(places_S, slab.capacity)
+    def __init__(self, slab: Slab, slots: Sequence[Slot], groups: int, first: int, device: torch.device) -> None:
+        """Take the step's products from number `first` on: one per slot and key/value head."""
+        self.slots = slots
+        self.products = slice(first, first + len(slots) * groups)
+        self._slab = slab
+        self._layers = slab.products(slots[0].index, len(slots))
+        places_B = torch.tensor([slot.length for slot in slots], device=device).repeat_interleave(groups)
+        starts_B = torch.arange(len(places_B), device=device) + slots[0].index * groups
+        lines_B = starts_B * slab.capacity + places_B
+        # Where the rows' keys, then their values, go in a layer of the slab seen as lines of one head each.
+        self._lines = torch.cat((lines_B, lines_B + slab.num_slots * slab.capacity * groups))
+        self._masks = _Masks(places_B, slab.capacity)
 
     def attend(
+        self, layer: int, q_BWd: Tensor, kv_2Bd: Tensor, o_BWd: Tensor, scale: float, window: int | None
+    ) -> None:
+        """Append the rows' keys and values, and fill o_BWd."""
+        self._slab.lines(layer).index_copy_(0, self._lines, kv_2Bd)
+        k_BdC, v_BCd = self._layers[layer]
+        _attend(q_BWd, k_BdC, v_BCd, self._masks.of(window, q_BWd.dtype), scale, out=o_BWd)
+
+
+class _Decoding:
+    """All sequences of a step that add one token; their products lie slab by slab.
+
+    A product's queries are the query heads that share a key/value head, so that no key is copied; the last of them
+    also fills it up to `least` rows.
+    """
+
+    def __init__(
         self,
-        layer: int,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        o_THd: Tensor,
-        scale: float,
-        window: int | None,
+        slots: Sequence[Slot],
+        slabs: Sequence[Slab],
+        first: int,
+        heads: tuple[int, int],
         least: int,
+        device: torch.device,
+    ) -> None:
+        """Plan for `slots`, whose rows begin at `first`; `heads` are those of queries and those of keys."""
+        row_of = {id(slot): first + index for index, slot in enumerate(slots)}
+        num_heads, groups = heads
+        self._slabs: list[_SlabRows] = []
+        for slab in slabs:
+            for takes_part, run in itertools.groupby(slab.slots, lambda slot: id(slot) in row_of):
+                if takes_part:
+                    begin = self._slabs[-1].products.stop if self._slabs else 0
+                    self._slabs.append(_SlabRows(slab, list(run), groups, begin, device))
+        self._rows = slice(first, first + len(slots))
+        order_S = [np.array([row_of[id(slot)] for slot in slab.slots]) for slab in self._slabs]
+        rows_S = np.concatenate(order_S)
+        shared = num_heads // groups
+        self._width = -(-shared // least) * least
+        heads_GW = np.arange(groups)[:, None] * shared + np.minimum(np.arange(self._width), shared - 1)
+        self._queries = torch.from_numpy((rows_S[:, None, None] * num_heads + heads_GW).ravel()).to(device)
+        heads_H = np.arange(num_heads)
+        lines_H = heads_H // shared * self._width + heads_H % shared
+        places_S = np.argsort(rows_S)
+        self._outputs = torch.from_numpy((places_S[:, None] * (groups * self._width) + lines_H).ravel()).to(device)
+        self._lines = [(rows[:, None] * groups + np.arange(groups)).ravel() for rows in order_S]
+        self._groups, self._device = groups, device
+        self._appended: tuple[int, Tensor] = (0, self._queries)
+
+    def attend(
+        self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], o_THd: Tensor, scale: float, window: int | None
     ) -> None:
         """Append the rows' keys and values, and fill their rows of o_THd."""
-        q_SHd, k_SGd, v_SGd = (x_Thd.index_select(0, self._rows_S) for x_Thd in qkv)
-        count, groups, width = k_SGd.shape
-        k_SGCd, v_SGCd = self._kv_Y2SGCd[layer]
-        k_SGCd.view(-1, width).index_copy_(0, self._places, k_SGd.view(-1, width))
-        v_SGCd.view(-1, width).index_copy_(0, self._places, v_SGd.view(-1, width))
-        # The query heads that share a key/value head stand in for its queries: no key is copied.
-        q_BJd = q_SHd.view(count * groups, -1, width)
-        mask_S1C = self._masks.of(window, q_SHd.dtype)
-        mask_B1C = mask_S1C.expand(-1, groups, -1).reshape(count * groups, 1, -1)
-        o_BJd = _attend(q_BJd, k_SGCd.flatten(0, 1), v_SGCd.flatten(0, 1), mask_B1C, scale, least)
-        o_THd.index_copy_(0, self._rows_S, o_BJd.reshape(q_SHd.shape))
+        q_THd, k_TGd, v_TGd = qkv
+        width = q_THd.shape[2]
+        q_BWd = q_THd.reshape(-1, width).index_select(0, self._queries).view(-1, self._width, width)
+        kv_2Bd = torch.cat((k_TGd, v_TGd)).view(-1, width).index_select(0, self._appended_lines(k_TGd.shape[0]))
+        o_BWd = torch.empty_like(q_BWd)
+        for slab in self._slabs:
+            cut, both = slab.products, slice(2 * slab.products.start, 2 * slab.products.stop)
+            slab.attend(layer, q_BWd[cut], kv_2Bd[both], o_BWd[cut], scale, window)
+        torch.index_select(o_BWd.view(-1, width), 0, self._outputs, out=o_THd[self._rows].view(-1, width))
+
+    def _appended_lines(self, num_rows: int) -> Tensor:
+        """Return which lines of all rows' keys, and behind them values, each slab appends: keys first."""
+        if self._appended[0] != num_rows:
+            both = [own + offset for own in self._lines for offset in (0, num_rows * self._groups)]
+            self._appended = num_rows, torch.from_numpy(np.concatenate(both)).to(self._device)
+        return self._appended[1]
 
 
 class DecodeAttention:
@@ -123,13 +175,13 @@ class DecodeAttention:
         parts: Sequence[TextPart],
         slots: Sequence[Slot],
         slabs: Sequence[Slab],
-        groups: int,
+        heads: tuple[int, int],
         block_rows: int,
         device: torch.device,
     ) -> None:
-        """Plan; `slots` are in row order and live in `slabs`, `groups` are the base's key/value heads."""
+        """Plan; `slots` are in row order and live in `slabs`, `heads` are those of queries and those of keys."""
         self._parts = parts
-        self._least = block_rows
+        self._least = block_rows if device.type == "cpu" else 1
         self._part_rows: list[_PartRows] = []
         self._packed: list[tuple[slice, PackedCausal]] = []
         row = 0
@@ -144,13 +196,7 @@ class DecodeAttention:
                 self._part_rows.append(_PartRows(part, place, stop, row, device))
                 row += stop - place
                 place = stop
-        row_of = {id(slot): row + index for index, slot in enumerate(slots)}
-        self._slabs = [
-            _SlabRows(slab, neighbours, row_of, groups, device)
-            for slab in slabs
-            for takes_part, run in itertools.groupby(slab.slots, lambda slot: id(slot) in row_of)
-            if takes_part and (neighbours := list(run))
-        ]
+        self._decoding = _Decoding(slots, slabs, row, heads, self._least, device) if slots else None
 
     def attend(
         self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float, window: int | None
@@ -162,8 +208,8 @@ class DecodeAttention:
             o_THd[cut] = packed.attend(layer, q_THd[cut], k_TGd[cut], v_TGd[cut], scale, window)
         for rows in self._part_rows:
             rows.attend(layer, q_THd, o_THd, scale, window, self._least)
-        for slab in self._slabs:
-            slab.attend(layer, (q_THd, k_TGd, v_TGd), o_THd, scale, window, self._least)
+        if self._decoding is not None:
+            self._decoding.attend(layer, (q_THd, k_TGd, v_TGd), o_THd, scale, window)
         return o_THd
 
     def _fill(self, layer: int, k_TGd: Tensor, v_TGd: Tensor) -> None:
@@ -175,15 +221,14 @@ class DecodeAttention:
             start = rows.stop
 
 
-def _attend(q_BWd: Tensor, k_BCd: Tensor, v_BCd: Tensor, mask: Tensor, scale: float, least: int) -> Tensor:
-    """Return o_BWd; `mask` is added to the scores [B, W, C]."""
+def _attend(
+    q_BWd: Tensor, k_BdC: Tensor, v_BCd: Tensor, mask: Tensor, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """Return o_BWd, in `out` if that is given; `mask` is added to the scores [B, W, C]."""
     if q_BWd.is_cuda:
-        return F.scaled_dot_product_attention(q_BWd, k_BCd, v_BCd, attn_mask=mask, scale=scale)
-    rows = q_BWd.shape[1]
-    if rows % least:
-        q_BWd = F.pad(q_BWd, (0, 0, 0, -rows % least))
-        if mask.shape[1] > 1:
-            mask = F.pad(mask, (0, 0, 0, -rows % least))
-    score_BWC = torch.bmm(q_BWd, k_BCd.transpose(1, 2)).mul_(scale).add_(mask)
-    prob_BWC = torch.softmax(score_BWC, dim=-1, dtype=torch.float32).to(v_BCd.dtype)
-    return torch.bmm(prob_BWC, v_BCd)[:, :rows]
+        o_BWd = F.scaled_dot_product_attention(q_BWd, k_BdC.transpose(1, 2), v_BCd, attn_mask=mask, scale=scale)
+        return o_BWd if out is None else out.copy_(o_BWd)
+    score_BWC = torch.bmm(q_BWd, k_BdC).mul_(scale).add_(mask)
+    # Computed in float32 and rounded once.
+    prob_BWC = torch.softmax(score_BWC, dim=-1)
+    return torch.bmm(prob_BWC, v_BCd) if out is None else torch.bmm(prob_BWC, v_BCd, out=out)

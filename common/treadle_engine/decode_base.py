@@ -1,7 +1,7 @@
 """A base whose rows do not depend on how many rows their adapter has in the step, nor on who else is there.
 
 Training cuts a stream by content; in decoding the number of rows of an adapter follows from who else samples. So a
-step's adapters are applied by `StepAdapters`. Knows nothing of decoding.
+step's adapters are applied by `StepLora` on a CPU, by `StepAdapters` elsewhere. Knows nothing of decoding.
 """
 
 # Shape suffix legend
@@ -22,6 +22,7 @@ from treadle_engine.base_model import ROW_MULTIPLE, BaseInfo, BaseModel
 from treadle_engine.lora import Lows, Segment, SegmentedLinear
 from treadle_engine.lora_products import product_dtype
 from treadle_engine.shards import Shard
+from treadle_engine.step_lora import Scratch, StepLora, compile_for
 
 _ONEDNN = ("x86_64", "AMD64")
 """Machines for which torch brings oneDNN's own kernels."""
@@ -52,10 +53,12 @@ class SlottedLinear(SegmentedLinear):
     ) -> tuple[list[Tensor], Lows]:
         """Return y_MO of each linear; nothing is kept."""
         ys = cls.base_products(linears, x_MI)
-        if segments:
-            if not isinstance(segments, StepAdapters):
-                raise TypeError("a base for decoding takes segments as DecodeBase.adapters makes them")
+        if isinstance(segments, StepAdapters | StepLora):
             segments.add_to([linear.site for linear in linears], x_MI, ys)
+            if segments.as_trained:
+                cls.add_adapters(linears, x_MI, ys, segments.as_trained)
+        elif segments:
+            raise TypeError("a base for decoding takes segments as DecodeBase.adapters makes them")
         return ys, Lows([])
 
 
@@ -70,6 +73,7 @@ class DecodeBase(BaseModel):
             model.set_submodule(site.module_name, self.linears[index])
         self._unembed = self.linears[-1]
         self.block_rows = smallest_block(self)
+        self._scratch = Scratch([(linear.in_features, linear.out_features) for linear in self.linears])
         self._slots = AdapterSlots(self.sites, self.dtype, self.device, self.block_rows, ROW_MULTIPLE)
 
     def prepack(self) -> bool:
@@ -85,9 +89,19 @@ class DecodeBase(BaseModel):
             cast(SlottedLinear, linear).prepack()
         return True
 
-    def adapters(self, segments: Sequence[Segment]) -> StepAdapters:
-        """Return the segments with their adapters in slots, for the calls of one step."""
-        return StepAdapters(segments, self._slots)
+    def compile(self) -> None:
+        """Compile the kernels of this base's steps, or load them from disk: else the first request waits for it."""
+        if self.device.type == "cpu":
+            compile_for(self.dtype)
+
+    def adapters(self, segments: Sequence[Segment], as_trained: Sequence[Segment] = ()) -> StepAdapters | StepLora:
+        """Return the segments, by rows, with what applies their adapters in the calls of one step.
+
+        Those `as_trained` get a trainer's products, to the bit.
+        """
+        if self.device.type == "cpu":
+            return StepLora(segments, self._scratch, as_trained)
+        return StepAdapters(segments, self._slots, as_trained)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ one fills the hole that a leaver makes. Whole blocks of texts are kept for other
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from treadle_engine.prefix_cache import BLOCK, PrefixCache
 
 _FINE = 512
+# Runs of neighbouring slots whose views a slab keeps: with several owners, steps may go by turns.
+_KEPT_VIEWS = 8
 
 
 def capacity_for(length: int) -> int:
@@ -61,32 +64,65 @@ class Slot:
 
 
 class Slab:
-    """Slots of one capacity; the first `len(slots)` are in use."""
+    """Slots of one capacity in one buffer; the first `len(slots)` are in use."""
 
-    def __init__(self, capacity: int, kv_Y2SGCd: Tensor) -> None:
-        """Start with all slots free."""
+    kv_Y2SGCd: Tensor
+    """The buffer by slots; there is none before the first `move`."""
+
+    def __init__(self, capacity: int, shape: tuple[int, int, int, int]) -> None:
+        """Have no slots; `shape` is (layers, 2, key/value heads, head dimension)."""
         self.capacity = capacity
-        self.kv_Y2SGCd = kv_Y2SGCd
         self.slots: list[Slot] = []
+        self.buffer: Tensor | None = None
+        self._shape = shape
+        self._lines: list[Tensor] = []
+        self._products: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that it has memory for."""
+        return 0 if self.buffer is None else self._slots_in(self.buffer)
 
     @property
     def num_positions(self) -> int:
-        """Positions that it has memory for."""
-        return int(self.kv_Y2SGCd.shape[2]) * self.capacity
+        """Positions that it has memory for; a few at the end may be of no use to it."""
+        return 0 if self.buffer is None else self.buffer.numel() // math.prod(self._shape)
 
     @property
     def is_full(self) -> bool:
         """Tell whether the next slot needs more memory."""
-        return len(self.slots) == self.kv_Y2SGCd.shape[2]
+        return len(self.slots) == self.num_slots
 
-    def resize(self, num_slots: int) -> None:
-        """Make room for `num_slots` slots, no fewer than are in use."""
-        shape = list(self.kv_Y2SGCd.shape)
-        shape[2] = num_slots
-        # Zeros, not garbage: what is masked must at least be finite.
-        resized_Y2SGCd = torch.zeros(shape, dtype=self.kv_Y2SGCd.dtype, device=self.kv_Y2SGCd.device)
-        resized_Y2SGCd[:, :, : len(self.slots)] = self.kv_Y2SGCd[:, :, : len(self.slots)]
-        self.kv_Y2SGCd = resized_Y2SGCd
+    def lines(self, layer: int) -> Tensor:
+        """Return a layer seen as [2 * S * G * C, d], all slots' keys before all slots' values."""
+        if not self._lines:
+            self._lines = [kv_2SGCd.view(-1, kv_2SGCd.shape[-1]) for kv_2SGCd in self.kv_Y2SGCd]
+        return self._lines[layer]
+
+    def products(self, first: int, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Return each layer's (k_BdC, v_BCd) of `count` slots from `first` on, B = count * G; made once and kept."""
+        key = (first, count)
+        if key not in self._products:
+            if len(self._products) >= _KEPT_VIEWS:
+                self._products.clear()
+            chosen_Y2BCd = self.kv_Y2SGCd[:, :, first : first + count].flatten(2, 3)
+            self._products[key] = [(k_BCd.transpose(1, 2), v_BCd) for k_BCd, v_BCd in chosen_Y2BCd]
+        return self._products[key]
+
+    def move(self, buffer: Tensor) -> None:
+        """Go on in another buffer, which holds no fewer slots than are in use."""
+        layers, two, heads, width = self._shape
+        slots, used = self._slots_in(buffer), len(self.slots)
+        values = buffer[: slots * self.capacity * math.prod(self._shape)]
+        moved_Y2SGCd = values.view(layers, two, slots, heads, self.capacity, width)
+        if used:
+            moved_Y2SGCd[:, :, :used] = self.kv_Y2SGCd[:, :, :used]
+        self.buffer, self.kv_Y2SGCd = buffer, moved_Y2SGCd
+        self._lines.clear()
+        self._products.clear()
+
+    def _slots_in(self, buffer: Tensor) -> int:
+        return buffer.numel() // (math.prod(self._shape) * self.capacity)
 
     def take(self, length: int) -> Slot:
         """Return a new slot at the end; there is one."""
@@ -105,7 +141,11 @@ class Slab:
 
 
 class KvCache:
-    """All keys and values of one decoder; one thread owns it."""
+    """All keys and values of one decoder; one thread owns it.
+
+    Buffers that slabs have left are kept for the next slab while the budget has room for them: to get memory from the
+    operating system takes longer than to fill it.
+    """
 
     def __init__(
         self,
@@ -120,8 +160,10 @@ class KvCache:
         self.max_positions = max_positions
         self.prefixes = PrefixCache()
         self._shape = (num_layers, 2, num_kv_heads, head_dim)
+        self._values = math.prod(self._shape)
         self._dtype, self._device = dtype, device
         self._slabs: dict[int, Slab] = {}
+        self._idle: list[Tensor] = []
         self._text_positions = 0
 
     @property
@@ -131,26 +173,34 @@ class KvCache:
 
     @property
     def num_positions(self) -> int:
-        """Positions that memory is held for, kept prefixes included."""
+        """Positions that memory is in use for, kept prefixes included."""
         slabs = sum(slab.num_positions for slab in self._slabs.values())
         return slabs + self._text_positions + self.prefixes.num_positions
 
     @property
     def num_bytes(self) -> int:
-        """Memory held, in bytes."""
-        layers, two, heads, width = self._shape
-        return self.num_positions * layers * two * heads * width * self._dtype.itemsize
+        """Memory held, buffers that wait for a slab included, in bytes."""
+        return (self.num_positions + self._num_idle) * self._values * self._dtype.itemsize
+
+    def forget(self) -> None:
+        """Give back what is kept for others: prefixes and idle buffers."""
+        self.prefixes.clear()
+        self._idle.clear()
 
     def make_room(self, positions: int) -> bool:
-        """Drop kept prefixes, least recently used first, until so many positions are free; False if they never are."""
+        """Free so many positions, False if they never are.
+
+        Buffers that nobody uses go first, then what slabs have to spare, then the prefixes that were used least lately.
+        """
         if self.num_positions - self.prefixes.num_positions + positions > self.max_positions:
             for slab in self._slabs.values():
                 if not slab.is_full:
-                    slab.resize(len(slab.slots))
+                    self._move(slab, len(slab.slots) * slab.capacity)
         if self.num_positions - self.prefixes.num_positions + positions > self.max_positions:
             return False
         while self.num_positions + positions > self.max_positions:
             self.prefixes.drop_oldest()
+        self._drop_idle(positions)
         return True
 
     def slot_cost(self, length: int) -> int:
@@ -195,19 +245,47 @@ class KvCache:
         slab.drop(slot)
         if not slab.slots:
             del self._slabs[slab.capacity]
-        elif slab.kv_Y2SGCd.shape[2] >= 4 * len(slab.slots):
-            slab.resize(2 * len(slab.slots))
+            self._keep(slab.buffer)
 
     def _take(self, length: int, promised: int) -> Slot:
         capacity = capacity_for(length + 1)
         slab = self._slabs.get(capacity)
         if slab is None:
-            layers, two, heads, width = self._shape
-            empty_Y2SGCd = torch.zeros(layers, two, 0, heads, capacity, width, dtype=self._dtype, device=self._device)
-            slab = self._slabs[capacity] = Slab(capacity, empty_Y2SGCd)
+            slab = self._slabs[capacity] = Slab(capacity, self._shape)
         if slab.is_full:
-            # Half as much again where the budget allows it, so that a slab is not copied for every newcomer.
-            spare = (self.max_positions - self.num_positions - promised) // capacity
-            used = len(slab.slots)
-            slab.resize(used + max(1, min(max(3, used // 2), spare)))
+            # Twice as much where the budget allows it, so that a slab is not copied for every newcomer; in sizes
+            # that do for a slab of any other capacity later.
+            used, spare = len(slab.slots), self.max_positions - self.num_positions - promised
+            wanted = 1 << (max(4, 2 * used) * capacity - 1).bit_length()
+            if wanted - slab.num_positions > spare:
+                wanted = (used + max(1, min(max(4, used), spare // capacity))) * capacity
+            self._move(slab, wanted)
         return slab.take(length)
+
+    def _move(self, slab: Slab, positions: int) -> None:
+        """Let a slab go on in a buffer of so many positions."""
+        left = slab.buffer
+        size = positions * self._values
+        fitting = next((place for place, buffer in enumerate(self._idle) if buffer.numel() == size), None)
+        if fitting is not None:
+            slab.move(self._idle.pop(fitting))
+        else:
+            self._drop_idle(positions - slab.num_positions)
+            # Zeros, not garbage: what is masked must at least be finite. What others have left is.
+            slab.move(torch.zeros(size, dtype=self._dtype, device=self._device))
+        self._keep(left)
+
+    def _keep(self, buffer: Tensor | None) -> None:
+        """Keep a buffer that a slab has left if the budget has room for it."""
+        if buffer is not None:
+            self._idle.append(buffer)
+            self._drop_idle(0)
+
+    @property
+    def _num_idle(self) -> int:
+        return sum(buffer.numel() for buffer in self._idle) // self._values
+
+    def _drop_idle(self, positions: int) -> None:
+        """Give idle buffers back, the oldest first, until so many more positions are within the budget."""
+        while self._idle and self.num_positions + self._num_idle + positions > self.max_positions:
+            self._idle.pop(0)

@@ -139,6 +139,12 @@ def all_logprobs(logits_NV: Tensor) -> Tensor:
     return (logits_NV - top_N1).add_(_log_largest(torch.softmax(logits_NV, dim=-1)))
 
 
+def token_logprobs(logits_NV: Tensor, probs_NV: Tensor, tokens_N: Tensor) -> Tensor:
+    """Return the log-prob [N] of one token per row, with the bits of `all_logprobs`; `probs_NV` is the softmax."""
+    top_N1 = logits_NV.amax(dim=-1, keepdim=True)
+    return logits_NV.gather(1, tokens_N[:, None]).sub_(top_N1).add_(_log_largest(probs_NV))[:, 0]
+
+
 def _logprobs(logits_NV: Tensor, targets_NK: Tensor, keep_logits: bool) -> tuple[Tensor, Tensor]:
     """Return the targets' log-probs [n, K] and all probabilities, which overwrite the logits unless these are kept.
 

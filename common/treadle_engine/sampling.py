@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from treadle_engine.logprobs import token_logprobs
 from treadle_engine.sampling_params import SamplingParams
 
 _CHUNK = 64
@@ -54,11 +55,11 @@ class TokenHistory:
 
 
 class Drawn(NamedTuple):
-    """A token per row, its log-prob, and the log-probs [N, V] that it was drawn from (greedy: at temperature 1)."""
+    """A token per row, its log-prob, and the logits [N, V] that it was drawn from (greedy: at temperature 1)."""
 
     tokens: list[int]
     logprobs: list[float]
-    logprobs_NV: Tensor
+    tempered_NV: Tensor
 
 
 def sample_stream(seed: int, index: int) -> np.random.Generator:
@@ -80,13 +81,14 @@ def draw(
     cut = [row for row, one in enumerate(params) if not one.greedy and one.filtered]
     if greedy:
         tokens_N[greedy] = tempered_NV[greedy].argmax(dim=-1)
+    prob_NV = torch.softmax(tempered_NV, dim=-1)
     if plain:
-        chosen_MV = tempered_NV if len(plain) == len(params) else tempered_NV[plain]
-        tokens_N[plain] = _inverse(torch.softmax(chosen_MV, dim=-1), _column(uniforms, plain, logits_NV))
+        chosen_MV = prob_NV if len(plain) == len(params) else prob_NV[plain]
+        tokens_N[plain] = _inverse(chosen_MV, _column(uniforms, plain, logits_NV))
     if cut:
         tokens_N[cut] = _draw_cut(tempered_NV[cut], [params[row] for row in cut], _column(uniforms, cut, logits_NV))
-    logprobs_NV = torch.log_softmax(tempered_NV, dim=-1)
-    return Drawn(tokens_N.tolist(), logprobs_NV.gather(1, tokens_N[:, None])[:, 0].tolist(), logprobs_NV)
+    logprobs_N = token_logprobs(tempered_NV, prob_NV, tokens_N)
+    return Drawn(tokens_N.tolist(), logprobs_N.tolist(), tempered_NV)
 
 
 def _column(uniforms: Sequence[float], rows: Sequence[int], like: Tensor) -> Tensor:

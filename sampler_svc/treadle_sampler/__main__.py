@@ -121,6 +121,7 @@ def _load(settings: SamplerSettings, group: RankGroup | None) -> tuple[DecodeBas
         group.check_alike(base.info, settings.max_sequences, settings.max_cache_tokens)
     if settings.prepack:
         base.prepack()
+    base.compile()
     decoder = Decoder(
         base,
         load_detokenizer(path),

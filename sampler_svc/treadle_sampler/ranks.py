@@ -247,7 +247,7 @@ def settle_draws(line: Line) -> Callable[[Drawn], Drawn]:
         both_2N = torch.tensor([drawn.tokens, drawn.logprobs], dtype=torch.float64)
         line.copy_(both_2N)
         tokens, logprobs = both_2N.tolist()
-        return Drawn([int(token) for token in tokens], logprobs, drawn.logprobs_NV)
+        return Drawn([int(token) for token in tokens], logprobs, drawn.tempered_NV)
 
     return settle
 

@@ -84,7 +84,7 @@ def test_log_probs_are_those_after_bias_penalties_and_temperature() -> None:
     expected_V[5] -= 0.5 + 2 * 0.25
     expected_V[7] -= 0.5 + 0.25
     drawn = draw(logits_1V, [params], [0.3], [history()])
-    np.testing.assert_allclose(drawn.logprobs_NV[0], torch.log_softmax(expected_V / 0.5, -1), atol=1e-4)
+    np.testing.assert_allclose(drawn.tempered_NV[0].log_softmax(-1), torch.log_softmax(expected_V / 0.5, -1), atol=1e-4)
 
 
 def test_a_rows_draw_does_not_depend_on_the_other_rows() -> None:

@@ -1,0 +1,199 @@
+"""The kernel of a decoding step's LoRA on a CPU, compiled by Numba when it is first called.
+
+A step has few rows, many adapters and a cache per sequence: torch would take a dozen small calls for what is one pass
+over each adapter and each cache here. A row's bits follow from its own numbers alone: every sum runs in an order that
+its own sizes fix, over tiles that are filled up and never change shape. Sums are in float32; tensors are float32 or
+bfloat16, given by address. Knows numbers alone: no tensors, adapters or sequences.
+"""
+
+# Shape suffix legend
+#   I = in features, O = out features, R = rank, S = R times the sites of a group, T = 4 rows or heads of a tile
+#   C = positions, d = head dimension
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic, overload
+
+TILE: Final = 4
+"""Rows that are computed together."""
+
+# Columns of B that stay in the first cache while a tile's rows go by.
+_COLUMNS: Final = 512
+
+_ZERO: Final = np.float32(0.0)
+_HALF_WORD, _ROUND, _QUIET = np.uint32(16), np.uint32(0x7FFF), np.uint16(0x7FC0)
+
+Array = Any  # numpy arrays; Numba types them by what they are called with
+
+
+def _compiled(**flags: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that compiles; what was compiled is kept on disk where there is a place for it."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, **flags)(function)
+        except RuntimeError:
+            compiled = numba.njit(nogil=True, **flags)(function)
+        return compiled
+
+    return decorate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(_context: Any, _address: Any, like: Any) -> Any:
+    """Return a pointer to elements of `like` at an address."""
+    pointer = types.CPointer(like.dtype)
+
+    def build(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+    return pointer(types.int64, like), build
+
+
+def _wide(value: Any) -> Any:
+    """Return a stored number as float32; for kernels."""
+    raise NotImplementedError
+
+
+def _narrow(value: Any, like: Any) -> Any:
+    """Return a float32 as an element of `like`, rounded to even; for kernels."""
+    raise NotImplementedError
+
+
+@overload(_wide, inline="always", strict=False)  # type: ignore[untyped-decorator]
+def _wide_overload(value: Any) -> Any:
+    if value == types.uint16:
+        return lambda value: np.uint32(np.uint32(value) << _HALF_WORD).view(np.float32)
+    return lambda value: value
+
+
+@overload(_narrow, inline="always", strict=False)  # type: ignore[untyped-decorator]
+def _narrow_overload(value: Any, like: Any) -> Any:
+    def half(value: Any, like: Any) -> Any:
+        bits = np.float32(value).view(np.uint32)
+        rounded = np.uint32(bits + _ROUND + np.uint32(np.uint32(bits >> _HALF_WORD) & np.uint32(1)))
+        # Only NaN differs from itself; rounded like a number it might become one.
+        return _QUIET if value != value else np.uint16(rounded >> _HALF_WORD)  # noqa: PLR0124
+
+    return half if like.dtype == types.uint16 else lambda value, like: value
+
+
+@_compiled(fastmath={"contract", "reassoc"})
+def _times_rows(x_TI: Array, w_SI: Array, count: int, low_TS: Array) -> None:
+    """Write x w^T for `count` rows of w; a number's order of summing follows from I, its row and `count`."""
+    x0, x1, x2, x3 = x_TI[0], x_TI[1], x_TI[2], x_TI[3]
+    width = w_SI.shape[1]
+    pairs = count // 2 * 2
+    for row in range(0, pairs, 2):
+        w, v = w_SI[row], w_SI[row + 1]
+        w0 = w1 = w2 = w3 = v0 = v1 = v2 = v3 = _ZERO
+        for i in range(width):
+            w0 += x0[i] * w[i]
+            w1 += x1[i] * w[i]
+            w2 += x2[i] * w[i]
+            w3 += x3[i] * w[i]
+            v0 += x0[i] * v[i]
+            v1 += x1[i] * v[i]
+            v2 += x2[i] * v[i]
+            v3 += x3[i] * v[i]
+        low_TS[0, row], low_TS[1, row], low_TS[2, row], low_TS[3, row] = w0, w1, w2, w3
+        low_TS[0, row + 1], low_TS[1, row + 1], low_TS[2, row + 1], low_TS[3, row + 1] = v0, v1, v2, v3
+    for row in range(pairs, count):
+        w = w_SI[row]
+        w0 = w1 = w2 = w3 = _ZERO
+        for i in range(width):
+            w0 += x0[i] * w[i]
+            w1 += x1[i] * w[i]
+            w2 += x2[i] * w[i]
+            w3 += x3[i] * w[i]
+        low_TS[0, row], low_TS[1, row], low_TS[2, row], low_TS[3, row] = w0, w1, w2, w3
+
+
+@_compiled(fastmath={"contract"})
+def _add_rows(factors_TR: Array, w_RO: Array, begin: int, end: int, sum_TO: Array) -> None:
+    """Add factors w to columns [begin, end) of the sums, row by row of w."""
+    # As slices, whose indices count from 0: only such loops become vector instructions.
+    s0, s1, s2, s3 = sum_TO[0][begin:end], sum_TO[1][begin:end], sum_TO[2][begin:end], sum_TO[3][begin:end]
+    rank = len(w_RO)
+    pairs = rank // 2 * 2
+    for row in range(0, pairs, 2):
+        w, v = w_RO[row][begin:end], w_RO[row + 1][begin:end]
+        f0, f1, f2, f3 = factors_TR[0, row], factors_TR[1, row], factors_TR[2, row], factors_TR[3, row]
+        g0, g1, g2, g3 = factors_TR[0, row + 1], factors_TR[1, row + 1], factors_TR[2, row + 1], factors_TR[3, row + 1]
+        for o in range(len(s0)):
+            x, y = w[o], v[o]
+            s0[o] = s0[o] + f0 * x + g0 * y
+            s1[o] = s1[o] + f1 * x + g1 * y
+            s2[o] = s2[o] + f2 * x + g2 * y
+            s3[o] = s3[o] + f3 * x + g3 * y
+    for row in range(pairs, rank):
+        w = w_RO[row][begin:end]
+        f0, f1, f2, f3 = factors_TR[0, row], factors_TR[1, row], factors_TR[2, row], factors_TR[3, row]
+        for o in range(len(s0)):
+            x = w[o]
+            s0[o] = s0[o] + f0 * x
+            s1[o] = s1[o] + f1 * x
+            s2[o] = s2[o] + f2 * x
+            s3[o] = s3[o] + f3 * x
+
+
+@_compiled(fastmath={"contract"})
+def _add_scaled(x_O: Array, scale: Any, y_O: Array, like: Array) -> None:
+    """Add scale x to y, rounding once."""
+    for column in range(len(y_O)):
+        y_O[column] = _narrow(_wide(y_O[column]) + scale * x_O[column], like)
+
+
+@_compiled(fastmath={"contract"})
+def add_lora(
+    like: Array,
+    floats: Array,
+    x: int,
+    width: int,
+    outer: Array,
+    ys: Array,
+    a: Array,
+    b: Array,
+    starts: Array,
+    stops: Array,
+    ranks: Array,
+    scales: Array,
+    x_TI: Array,
+    low_TS: Array,
+    sum_TO: Array,
+) -> None:
+    """Add scale * B A x to rows [start, stop) of every y, for each of some products and each site of a group.
+
+    `like` is an empty array of x's and the ys' elements (uint16 for bfloat16), `floats` one of float32. `x` and `ys`
+    are the addresses of [rows, width] and, by site, [rows, outer[site]]; `a` [products] those of A's [S, I], `b`
+    [sites, products] those of transposed B's [R, O]. The last three are scratch, of 4 rows at least so wide.
+    """
+    for product in range(len(starts)):
+        rank = ranks[product]
+        a_SI = numba.carray(_pointer(a[product], floats), (rank * len(outer), width))
+        for first in range(starts[product], stops[product], TILE):
+            rows = min(TILE, stops[product] - first)
+            for row in range(TILE):
+                source = min(row, rows - 1) + first
+                values_I = numba.carray(_pointer(x + like.itemsize * width * source, like), (width,))
+                for i in range(width):
+                    x_TI[row, i] = _wide(values_I[i])
+            _times_rows(x_TI, a_SI, rank * len(outer), low_TS)
+            for site in range(len(outer)):
+                columns = outer[site]
+                b_RO = numba.carray(_pointer(b[site, product], floats), (rank, columns))
+                for row in range(TILE):
+                    for column in range(columns):
+                        sum_TO[row, column] = _ZERO
+                for begin in range(0, columns, _COLUMNS):
+                    end = min(columns, begin + _COLUMNS)
+                    _add_rows(low_TS[:, site * rank : (site + 1) * rank], b_RO, begin, end, sum_TO)
+                for row in range(rows):
+                    place = ys[site] + like.itemsize * columns * (first + row)
+                    _add_scaled(sum_TO[row], scales[product], numba.carray(_pointer(place, like), (columns,)), like)

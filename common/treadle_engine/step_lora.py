@@ -1,0 +1,182 @@
+"""LoRA of one decoding step on a CPU: one kernel call per group of linears reads every adapter where it lies.
+
+Adapters are not copied or stacked, and a row's bits follow from its own numbers and its adapter (`cpu_kernels.py`).
+Knows segments and tensors: no linears, nothing of decoding.
+"""
+
+# Shape suffix legend
+#   M = rows of the step, I = in features, O = out features, R = rank, S = R times the sites of a group
+#   T = 4 rows of a tile
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treadle_engine.cpu_kernels import TILE, add_lora
+from treadle_engine.lora import AdapterWeights, Segment, Segments
+
+_BYTES: Final = 4
+# Rows of a product, so that threads can share a long segment.
+_MOST_ROWS: Final = 64
+# Multiplications of two numbers below which handing a part of a call to another thread takes longer than computing it.
+_WORTH: Final = 1e6
+_LIKE: Final = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
+_FLOATS: Final = _LIKE[torch.float32]
+
+Addresses = NDArray[np.int64]
+
+
+class Scratch:
+    """Memory in which a kernel keeps a tile of rows, one piece per thread; used again by every step."""
+
+    def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
+        """Make room for linears of (in, out) features."""
+        self._inner, self._outer = (max(sides) for sides in zip(*widths, strict=True))
+        self._made: list[tuple[NDArray[np.float32], ...]] = []
+
+    def of(self, thread: int, stacked: int) -> tuple[NDArray[np.float32], ...]:
+        """Return (x_TI, low_TS, sum_TO) of a thread, with room for S = `stacked`."""
+        while len(self._made) <= thread:
+            self._made.append(tuple(np.empty((TILE, width), np.float32) for width in (self._inner, 64, self._outer)))
+        x_TI, low_TS, sum_TO = self._made[thread]
+        if low_TS.shape[1] < stacked:
+            self._made[thread] = x_TI, np.empty((TILE, stacked), np.float32), sum_TO
+        return self._made[thread]
+
+
+class StepLora(list[Segment]):
+    """The segments of one step, with addresses worked out once for all layers."""
+
+    def __init__(self, segments: Sequence[Segment], scratch: Scratch, as_trained: Sequence[Segment] = ()) -> None:
+        """Take the segments; the scratch is that of the base, whose thread runs the step.
+
+        Those `as_trained` are not for this kernel, but for the products of a trainer, whose bits they are to have.
+        """
+        super().__init__(segments)
+        self.as_trained = Segments.of(as_trained)
+        adapted = [segment for segment in segments if segment.weights is not None and segment.weights.layout.sites]
+        self._all = _Products(adapted, scratch) if adapted else None
+
+    def add_to(self, sites: Sequence[int], x_MI: Tensor, ys: Sequence[Tensor]) -> None:
+        """Add scale * B A x of every segment's adapter to each y_MO, at neighbouring sites that share their input.
+
+        All are float32 or all bfloat16; sums are in float32 and rounded once. Raises ValueError unless contiguous.
+        """
+        products = None if self._all is None else self._all.at(sites[0])
+        if products is None:
+            return
+        if not all(tensor.is_contiguous() for tensor in (x_MI, *ys)):
+            raise ValueError("inputs and outputs of linears must be contiguous")
+        products.add_to(sites[0], x_MI, ys)
+
+
+def compile_for(dtype: torch.dtype) -> None:
+    """Compile the kernel for a base of float32 or bfloat16, or load it from disk: seconds, or some tenths of one."""
+    none, no_scales = np.empty(0, np.int64), np.empty(0, np.float32)
+    tile = np.empty((TILE, 1), np.float32)
+    add_lora(
+        _LIKE[dtype], _FLOATS, 0, 1, none, none, none, none.reshape(0, 0), none, none, none, no_scales, tile, tile, tile
+    )
+
+
+class _Products:
+    """Segments that have weights at the sites in question, cut into pieces that threads can share."""
+
+    def __init__(self, segments: Sequence[Segment], scratch: Scratch) -> None:
+        self._segments, self._scratch = segments, scratch
+        cuts = [
+            (weights, start, min(start + _MOST_ROWS, segment.stop))
+            for segment in segments
+            if (weights := segment.weights) is not None
+            for start in range(segment.start, segment.stop, _MOST_ROWS)
+        ]
+        adapters = [weights for weights, _, _ in cuts]
+        self._starts = np.array([start for _, start, _ in cuts], np.int64)
+        self._stops = np.array([stop for _, _, stop in cuts], np.int64)
+        self._ranks = np.array([weights.config.rank for weights in adapters], np.int64)
+        self._scales = np.array([weights.scale for weights in adapters], np.float32)
+        self._at_a, self._at_b = _tables(adapters)
+        self._work = np.cumsum((self._stops - self._starts) * self._ranks)
+        self._at: dict[int, _Products | None] = {}
+        self._parts: dict[bytes, _Products | None] = {}
+        self._widths: dict[tuple[int, ...], NDArray[np.int64]] = {}
+
+    def at(self, site: int) -> _Products | None:
+        """Return those that have weights at a site, None if there are none."""
+        if site not in self._at:
+            self._at[site] = self._those_with(site)
+        return self._at[site]
+
+    def add_to(self, first: int, x_MI: Tensor, ys: Sequence[Tensor]) -> None:
+        """Add scale * B A x to each y_MO, at the sites from `first` on."""
+        outer = tuple(y_MO.shape[1] for y_MO in ys)
+        if outer not in self._widths:
+            self._widths[outer] = np.array(outer, np.int64)
+        width = x_MI.shape[1]
+        a, b = self._at_a[first], self._at_b[first : first + len(ys)]
+        at_y = np.array([y_MO.data_ptr() for y_MO in ys], np.int64)
+        arguments = _LIKE[x_MI.dtype], _FLOATS, x_MI.data_ptr(), width, self._widths[outer], at_y
+
+        def run(thread: int, cut: slice) -> None:
+            scratch = self._scratch.of(thread, len(ys) * int(self._ranks.max()))
+            # The kernel is compiled for tables without gaps.
+            add_lora(
+                *arguments, a[cut], np.ascontiguousarray(b[:, cut]), self._starts[cut], self._stops[cut],
+                self._ranks[cut], self._scales[cut], *scratch,
+            )  # fmt: skip
+
+        cuts = _shares(self._work * (width + sum(outer)), torch.get_num_threads())
+        running = [_pool().submit(run, thread, cut) for thread, cut in enumerate(cuts[1:], start=1)]
+        run(0, cuts[0])
+        for part in running:
+            part.result()
+
+    def _those_with(self, site: int) -> _Products | None:
+        if site >= len(self._at_a):
+            return None
+        present = self._at_a[site] >= 0
+        if present.all():
+            return self
+        key = present.tobytes()
+        if key not in self._parts:
+            some = [one for one in self._segments if one.weights is not None and _has(one.weights, site)]
+            self._parts[key] = _Products(some, self._scratch) if some else None
+        return self._parts[key]
+
+
+def _shares(work: NDArray[Any], threads: int) -> list[slice]:
+    """Cut products, whose work up to each is given, into one part for each thread, as far as that pays."""
+    parts = min(threads, len(work), int(work[-1] // _WORTH) + 1)
+    if parts == 1:
+        return [slice(0, len(work))]
+    edges = [0, *(int(np.searchsorted(work, work[-1] * part / parts)) + 1 for part in range(1, parts)), len(work)]
+    return [slice(start, stop) for start, stop in pairwise(edges) if start < stop]
+
+
+@lru_cache(maxsize=1)
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="step-lora")
+
+
+def _has(weights: AdapterWeights, site: int) -> bool:
+    offsets = weights.layout.offsets_a
+    return site < len(offsets) and int(offsets[site]) >= 0
+
+
+def _tables(adapters: Sequence[AdapterWeights]) -> tuple[Addresses, Addresses]:
+    """Return the addresses of A's and transposed B's [sites, adapters], -1 where an adapter has none."""
+    sites = max(len(weights.layout.offsets_a) for weights in adapters)
+    tables = np.full((2, sites, len(adapters)), -1, np.int64)
+    for place, weights in enumerate(adapters):
+        for table, offsets in zip(tables, (weights.layout.offsets_a, weights.layout.offsets_b), strict=True):
+            table[: len(offsets), place] = np.where(offsets < 0, -1, weights.flat.data_ptr() + _BYTES * offsets)
+    return tables[0], tables[1]
