@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treadle_engine.lora import AdapterWeights, LoraSite, Segment, Segments
+from treadle_engine.lora import AdapterWeights, LoraSite, Segment
 from treadle_engine.lora_products import add_product, product_dtype
 
 # From this many columns up, a column of a product does not depend on how many others there are.
@@ -175,10 +175,9 @@ class _BankRows:
 class StepAdapters(list[Segment]):
     """The segments of one step, with slots and blocks worked out once for all linears."""
 
-    def __init__(self, segments: Sequence[Segment], slots: AdapterSlots, as_trained: Sequence[Segment] = ()) -> None:
-        """Copy adapters that are not in the banks yet; those `as_trained` get a trainer's products instead."""
+    def __init__(self, segments: Sequence[Segment], slots: AdapterSlots) -> None:
+        """Copy adapters that are not in the banks yet."""
         super().__init__(segments)
-        self.as_trained = Segments.of(as_trained)
         self._slots = slots
         self._banks = slots.assign(segments)
 

@@ -1,4 +1,4 @@
-"""The kernel of a decoding step's LoRA on a CPU, compiled by Numba when it is first called.
+"""Kernels of a decoding step on a CPU, compiled by Numba when they are first called.
 
 A step has few rows, many adapters and a cache per sequence: torch would take a dozen small calls for what is one pass
 over each adapter and each cache here. A row's bits follow from its own numbers alone: every sum runs in an order that
@@ -17,8 +17,12 @@ from typing import Any, Final
 
 import numba
 import numpy as np
+import torch
 from numba import types
 from numba.extending import intrinsic, overload
+
+LIKE: Final = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
+"""What stands for a dtype in a kernel's arguments: an empty array of what its elements are stored as."""
 
 TILE: Final = 4
 """Rows that are computed together."""
@@ -26,7 +30,8 @@ TILE: Final = 4
 # Columns of B that stay in the first cache while a tile's rows go by.
 _COLUMNS: Final = 512
 
-_ZERO: Final = np.float32(0.0)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_LOG2_E, _LN2_HIGH, _LN2_LOW, _LEAST = (np.float32(x) for x in (1.44269504, 0.693359375, -2.12194440e-4, -87.0))
 _HALF_WORD, _ROUND, _QUIET = np.uint32(16), np.uint32(0x7FFF), np.uint16(0x7FC0)
 
 Array = Any  # numpy arrays; Numba types them by what they are called with
@@ -197,3 +202,78 @@ def add_lora(
                 for row in range(rows):
                     place = ys[site] + like.itemsize * columns * (first + row)
                     _add_scaled(sum_TO[row], scales[product], numba.carray(_pointer(place, like), (columns,)), like)
+
+
+@_compiled(fastmath={"contract", "reassoc"}, error_model="numpy")
+def _normalise_row(x_D: Array, weight_D: Array, epsilon: Any, y_D: Array, like: Array) -> None:
+    squares = _ZERO
+    for i in range(len(x_D)):
+        x = _wide(x_D[i])
+        squares += x * x
+    factor = np.float32(1.0) / np.sqrt(squares / np.float32(len(x_D)) + epsilon)
+    for i in range(len(x_D)):
+        # Rounded before and after the weight, as modules of transformers do.
+        y_D[i] = _narrow(_wide(_narrow(_wide(x_D[i]) * factor, like)) * _wide(weight_D[i]), like)
+
+
+@_compiled(fastmath={"contract"})
+def _add_row(x_D: Array, z_D: Array, like: Array) -> None:
+    for i in range(len(x_D)):
+        x_D[i] = _narrow(_wide(x_D[i]) + _wide(z_D[i]), like)
+
+
+@_compiled(fastmath={"contract"})
+def normalise(like: Array, x: int, z: int, rows: int, width: int, weight: int, epsilon: Any, y: int) -> None:
+    """Write the root-mean-square norm of x to y, both [rows, D], after z was added to x; no z if its address is 0."""
+    weight_D = numba.carray(_pointer(weight, like), (width,))
+    for row in range(rows):
+        offset = like.itemsize * width * row
+        x_D = numba.carray(_pointer(x + offset, like), (width,))
+        if z != 0:
+            _add_row(x_D, numba.carray(_pointer(z + offset, like), (width,)), like)
+        _normalise_row(x_D, weight_D, epsilon, numba.carray(_pointer(y + offset, like), (width,)), like)
+
+
+@_compiled(fastmath={"contract"})
+def _rotate_head(near_d: Array, far_d: Array, cosine_d: Array, sine_d: Array, like: Array) -> None:
+    half = len(near_d)
+    for i in range(half):
+        near, far = _wide(near_d[i]), _wide(far_d[i])
+        near_d[i] = _narrow(near * _wide(cosine_d[i]) - far * _wide(sine_d[i]), like)
+        far_d[i] = _narrow(far * _wide(cosine_d[half + i]) + near * _wide(sine_d[half + i]), like)
+
+
+@_compiled(fastmath={"contract"})
+def rotate(like: Array, x: int, rows: int, heads: int, width: int, cosine: int, sine: int) -> None:
+    """Turn the pairs (i, i + d/2) of every head of x [rows, H, d] in place; the factors are [rows, d]."""
+    half, size = width // 2, like.itemsize
+    for row in range(rows):
+        cosine_d = numba.carray(_pointer(cosine + size * width * row, like), (width,))
+        sine_d = numba.carray(_pointer(sine + size * width * row, like), (width,))
+        for head in range(heads):
+            place = x + size * width * (row * heads + head)
+            near_d = numba.carray(_pointer(place, like), (half,))
+            far_d = numba.carray(_pointer(place + size * half, like), (half,))
+            _rotate_head(near_d, far_d, cosine_d, sine_d, like)
+
+
+@_compiled(fastmath={"contract"}, error_model="numpy")
+def gate(like: Array, x: int, up: int, count: int) -> None:
+    """Replace `count` elements x by silu(x) * up."""
+    x_F = numba.carray(_pointer(x, like), (count,))
+    up_F = numba.carray(_pointer(up, like), (count,))
+    for i in range(count):
+        value = _wide(x_F[i])
+        # e^-x = 2^n times a polynomial of what is left, |rest| <= ln 2 / 2 (Cody and Waite; Cephes' expf).
+        power = min(max(-value, _LEAST), -_LEAST)
+        n = np.floor(power * _LOG2_E + np.float32(0.5))
+        rest = power - n * _LN2_HIGH - n * _LN2_LOW
+        p = np.float32(1.9875691500e-4)
+        p = p * rest + np.float32(1.3981999507e-3)
+        p = p * rest + np.float32(8.3334519073e-3)
+        p = p * rest + np.float32(4.1665795894e-2)
+        p = p * rest + np.float32(1.6666665459e-1)
+        p = p * rest + np.float32(5.0000001201e-1)
+        p = p * rest * rest + rest + _ONE
+        exponential = p * np.int32(np.int32(np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+        x_F[i] = _narrow(value / (_ONE + exponential) * _wide(up_F[i]), like)

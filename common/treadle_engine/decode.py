@@ -35,7 +35,7 @@ from treadle_engine.decode_requests import (
     TokenEvent,
 )
 from treadle_engine.errors import EngineError
-from treadle_engine.kv_cache import KvCache
+from treadle_engine.kv_cache import KvCache, Slot
 from treadle_engine.logprobs import all_logprobs
 from treadle_engine.lora import AdapterWeights, Segment
 from treadle_engine.prefix_cache import BlockKeys
@@ -236,46 +236,55 @@ class Decoder:
         return logits_NV[: len(samples)]
 
     def _run_base(self, parts: Sequence[tuple[Reading, int]]) -> tuple[Tensor, dict[int, int]]:
-        """Run the step's rows; return x_TD and the row of each prompt's last token by the request's number."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        weights: list[AdapterWeights | None] = []
+        """Run the step's rows; return x_TD and the row of each prompt's last token by the request's number.
+
+        Beginnings of prompts whose own log-probs are asked for come first, in a pass as a trainer runs it: they have a
+        trainer's bits whoever else is in the step.
+        """
+        scored = [(reading, count) for reading, count in parts if reading.next_packed]
+        others = [(reading, count) for reading, count in parts if not reading.next_packed]
+        passes = [self._run_rows(scored, (), as_trained=True)] if scored else []
+        if others or self._places.samples:
+            passes.append(self._run_rows(others, self._places.samples, as_trained=False))
+        x_TD = passes[0] if len(passes) == 1 else torch.cat(passes)
         last_rows: dict[int, int] = {}
-        as_trained: list[Segment] = []
-        for reading, count in parts:
-            start = reading.cache.length
-            tokens += reading.text_T[start : start + count].tolist()
-            positions += range(start, start + count)
-            adapter = reading.prompt.request.weights
-            if reading.next_packed:
-                as_trained.append(Segment(len(weights), len(weights) + count, adapter))
-                adapter = None
-            weights += [adapter] * count
-            if reading.sample is None:
-                last_rows[reading.prompt.number] = len(tokens) - 1
-        slots = []
-        for sample in self._places.samples:
-            assert sample.slot is not None  # every decoding sample has one
-            tokens.append(sample.tokens[-1])
-            positions.append(sample.slot.length)
-            weights.append(sample.prompt.request.weights)
-            slots.append(sample.slot)
-        base, device = self._base, self._base.device
-        plan = DecodeAttention(
-            [TextPart(reading.cache, count, reading.next_packed > 0) for reading, count in parts],
-            slots, self._cache.slabs, (base.info.num_heads, base.info.num_kv_heads), base.block_rows, device,
-        )  # fmt: skip
-        tokens_T, positions_T = torch.tensor(tokens, device=device), torch.tensor(positions, device=device)
-        x_TD = base.hidden(tokens_T, positions_T, plan, base.adapters(_segments(weights, 0), as_trained))
         row = 0
-        for reading, count in parts:
-            read_scores(base, reading, x_TD[row : row + count])
+        for reading, count in (*scored, *others):
+            read_scores(self._base, reading, x_TD[row : row + count])
             self._places.advance(reading, count)
             self.num_read += count
             row += count
-        for slot in slots:
-            slot.length += 1
+            if reading.sample is None:
+                last_rows[reading.prompt.number] = row - 1
+        for sample in self._places.samples:
+            _slot_of(sample).length += 1
         return x_TD, last_rows
+
+    def _run_rows(self, parts: Sequence[tuple[Reading, int]], samples: Sequence[Sample], *, as_trained: bool) -> Tensor:
+        """Run parts of texts and one row per sample; return x_TD in this order."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        weights: list[AdapterWeights | None] = []
+        texts: list[Segment] = []
+        for reading, count in parts:
+            start, adapter = reading.cache.length, reading.prompt.request.weights
+            texts.append(Segment(len(tokens), len(tokens) + count, adapter))
+            tokens += reading.text_T[start : start + count].tolist()
+            positions += range(start, start + count)
+            weights += [adapter] * count
+        slots = [_slot_of(sample) for sample in samples]
+        tokens += [sample.tokens[-1] for sample in samples]
+        positions += [slot.length for slot in slots]
+        weights += [sample.prompt.request.weights for sample in samples]
+        base, info, device = self._base, self._base.info, self._base.device
+        plan = DecodeAttention(
+            [TextPart(reading.cache, count, as_trained) for reading, count in parts],
+            slots, self._cache.slabs, (info.num_heads, info.num_kv_heads), base.block_rows, device,
+        )  # fmt: skip
+        tokens_T, positions_T = torch.tensor(tokens, device=device), torch.tensor(positions, device=device)
+        if as_trained:
+            return base.hidden_as_trained(tokens_T, positions_T, plan, texts)
+        return base.hidden(tokens_T, positions_T, plan, base.adapters(_segments(weights, 0)))
 
     def _finish_reading(self, reading: Reading) -> list[DecodeEvent]:
         """Let a sample that was read again decode on; tell what was asked about a prompt."""
@@ -358,6 +367,11 @@ class Decoder:
 
 
 _EMPTY = torch.empty(0, dtype=torch.float32).numpy()
+
+
+def _slot_of(sample: Sample) -> Slot:
+    assert sample.slot is not None  # every decoding sample has one
+    return sample.slot
 
 
 def _wants_logits(reading: Reading) -> bool:

@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from treadle_engine.adapter_slots import AdapterSlots, StepAdapters
+from treadle_engine.attention import AttentionPlan
 from treadle_engine.base_model import ROW_MULTIPLE, BaseInfo, BaseModel
-from treadle_engine.lora import Lows, Segment, SegmentedLinear
+from treadle_engine.decode_lean import DecodeLean, compile_kernels
+from treadle_engine.lora import Lows, Segment, SegmentedLinear, Segments
 from treadle_engine.lora_products import product_dtype
 from treadle_engine.shards import Shard
-from treadle_engine.step_lora import Scratch, StepLora, compile_for
+from treadle_engine.step_lora import Scratch, StepLora, compile_kernel
 
 _ONEDNN = ("x86_64", "AMD64")
 """Machines for which torch brings oneDNN's own kernels."""
@@ -51,14 +53,11 @@ class SlottedLinear(SegmentedLinear):
     def project_group(
         cls, linears: Sequence[SegmentedLinear], x_MI: Tensor, segments: Sequence[Segment]
     ) -> tuple[list[Tensor], Lows]:
-        """Return y_MO of each linear; nothing is kept."""
+        """Return y_MO of each linear; segments that `DecodeBase.adapters` has not made get a trainer's products."""
+        if not isinstance(segments, StepAdapters | StepLora):
+            return super().project_group(linears, x_MI, segments)
         ys = cls.base_products(linears, x_MI)
-        if isinstance(segments, StepAdapters | StepLora):
-            segments.add_to([linear.site for linear in linears], x_MI, ys)
-            if segments.as_trained:
-                cls.add_adapters(linears, x_MI, ys, segments.as_trained)
-        elif segments:
-            raise TypeError("a base for decoding takes segments as DecodeBase.adapters makes them")
+        segments.add_to([linear.site for linear in linears], x_MI, ys)
         return ys, Lows([])
 
 
@@ -73,6 +72,7 @@ class DecodeBase(BaseModel):
             model.set_submodule(site.module_name, self.linears[index])
         self._unembed = self.linears[-1]
         self.block_rows = smallest_block(self)
+        self._trained = self.lean
         self._scratch = Scratch([(linear.in_features, linear.out_features) for linear in self.linears])
         self._slots = AdapterSlots(self.sites, self.dtype, self.device, self.block_rows, ROW_MULTIPLE)
 
@@ -87,21 +87,30 @@ class DecodeBase(BaseModel):
             return False
         for linear in self.linears:
             cast(SlottedLinear, linear).prepack()
+        if self.lean is not None:
+            self.lean = DecodeLean(self.model, self.context)
         return True
 
     def compile(self) -> None:
         """Compile the kernels of this base's steps, or load them from disk: else the first request waits for it."""
         if self.device.type == "cpu":
-            compile_for(self.dtype)
+            compile_kernel(self.dtype)
+        if isinstance(self.lean, DecodeLean):
+            compile_kernels(self.dtype)
 
-    def adapters(self, segments: Sequence[Segment], as_trained: Sequence[Segment] = ()) -> StepAdapters | StepLora:
-        """Return the segments, by rows, with what applies their adapters in the calls of one step.
+    def adapters(self, segments: Sequence[Segment]) -> StepAdapters | StepLora:
+        """Return the segments, by rows, with what applies their adapters in the calls of one step."""
+        return StepLora(segments, self._scratch) if self.device.type == "cpu" else StepAdapters(segments, self._slots)
 
-        Those `as_trained` get a trainer's products, to the bit.
-        """
-        if self.device.type == "cpu":
-            return StepLora(segments, self._scratch, as_trained)
-        return StepAdapters(segments, self._slots, as_trained)
+    def hidden_as_trained(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPlan, segments: Sequence[Segment]
+    ) -> Tensor:
+        """Return x_TD as a trainer computes it, but for the layout of prepacked weights; `segments` by texts."""
+        lean, self.lean = self.lean, self._trained
+        try:
+            return self.hidden(tokens_T, positions_T, attention, Segments.of(segments))
+        finally:
+            self.lean = lean
 
 
 @torch.no_grad()

@@ -416,13 +416,7 @@ class SegmentedLinear(nn.Linear):
     ) -> tuple[list[Tensor], Lows]:
         """Return y_MO of each linear of one group, which share their input, and the segments' A x^T."""
         ys = cls.base_products(linears, x_MI)
-        return ys, cls.add_adapters(linears, x_MI, ys, Segments.of(segments))
-
-    @staticmethod
-    def add_adapters(
-        linears: Sequence[SegmentedLinear], x_MI: Tensor, ys: Sequence[Tensor], segments: Segments
-    ) -> Lows:
-        """Add every segment's scale * B A x to the outputs of a group's base; return the segments' A x^T."""
+        segments = Segments.of(segments)
         first, count = linears[0].site, len(linears)
         lows = Lows([None] * len(segments))
         short = segments.short(first) if x_MI.device.type == "cpu" else None
@@ -441,7 +435,7 @@ class SegmentedLinear(nn.Linear):
             rows = slice(segment.start, segment.stop)
             (x_NI,) = streams.rows(rows, dtype)
             lows.each[index] = add_lora(block, x_NI, [y_MO[rows] for y_MO in ys], segment.weights.scale)
-        return lows
+        return ys, lows
 
     def project_backward(
         self,

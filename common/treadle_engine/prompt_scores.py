@@ -49,7 +49,7 @@ def read_scores(base: DecodeBase, reading: Reading, x_UD: Tensor) -> None:
         end = min(stop, place + tile)
         x_ND = x_UD[place - first : end - first]
         segments = [] if request.weights is None else [Segment(0, end - place, request.weights)]
-        logits_NV = base.logits(x_ND, base.adapters((), as_trained=segments))
+        logits_NV = base.logits(x_ND, segments)
         _note(reading, slice(place, end), all_logprobs(logits_NV))
 
 

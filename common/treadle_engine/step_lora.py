@@ -11,26 +11,21 @@ Knows segments and tensors: no linears, nothing of decoding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treadle_engine.cpu_kernels import TILE, add_lora
-from treadle_engine.lora import AdapterWeights, Segment, Segments
+from treadle_engine.cpu_kernels import LIKE, TILE, add_lora
+from treadle_engine.kernel_threads import share
+from treadle_engine.lora import AdapterWeights, Segment
 
 _BYTES: Final = 4
 # Rows of a product, so that threads can share a long segment.
 _MOST_ROWS: Final = 64
-# Multiplications of two numbers below which handing a part of a call to another thread takes longer than computing it.
-_WORTH: Final = 1e6
-_LIKE: Final = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
-_FLOATS: Final = _LIKE[torch.float32]
+_FLOATS: Final = LIKE[torch.float32]
 
 Addresses = NDArray[np.int64]
 
@@ -56,13 +51,9 @@ class Scratch:
 class StepLora(list[Segment]):
     """The segments of one step, with addresses worked out once for all layers."""
 
-    def __init__(self, segments: Sequence[Segment], scratch: Scratch, as_trained: Sequence[Segment] = ()) -> None:
-        """Take the segments; the scratch is that of the base, whose thread runs the step.
-
-        Those `as_trained` are not for this kernel, but for the products of a trainer, whose bits they are to have.
-        """
+    def __init__(self, segments: Sequence[Segment], scratch: Scratch) -> None:
+        """Take the segments; the scratch is that of the base, whose thread runs the step."""
         super().__init__(segments)
-        self.as_trained = Segments.of(as_trained)
         adapted = [segment for segment in segments if segment.weights is not None and segment.weights.layout.sites]
         self._all = _Products(adapted, scratch) if adapted else None
 
@@ -79,12 +70,12 @@ class StepLora(list[Segment]):
         products.add_to(sites[0], x_MI, ys)
 
 
-def compile_for(dtype: torch.dtype) -> None:
-    """Compile the kernel for a base of float32 or bfloat16, or load it from disk: seconds, or some tenths of one."""
+def compile_kernel(dtype: torch.dtype) -> None:
+    """Compile the kernel for a base of float32 or bfloat16, or load it from disk."""
     none, no_scales = np.empty(0, np.int64), np.empty(0, np.float32)
     tile = np.empty((TILE, 1), np.float32)
     add_lora(
-        _LIKE[dtype], _FLOATS, 0, 1, none, none, none, none.reshape(0, 0), none, none, none, no_scales, tile, tile, tile
+        LIKE[dtype], _FLOATS, 0, 1, none, none, none, none.reshape(0, 0), none, none, none, no_scales, tile, tile, tile
     )
 
 
@@ -124,7 +115,7 @@ class _Products:
         width = x_MI.shape[1]
         a, b = self._at_a[first], self._at_b[first : first + len(ys)]
         at_y = np.array([y_MO.data_ptr() for y_MO in ys], np.int64)
-        arguments = _LIKE[x_MI.dtype], _FLOATS, x_MI.data_ptr(), width, self._widths[outer], at_y
+        arguments = LIKE[x_MI.dtype], _FLOATS, x_MI.data_ptr(), width, self._widths[outer], at_y
 
         def run(thread: int, cut: slice) -> None:
             scratch = self._scratch.of(thread, len(ys) * int(self._ranks.max()))
@@ -134,11 +125,7 @@ class _Products:
                 self._ranks[cut], self._scales[cut], *scratch,
             )  # fmt: skip
 
-        cuts = _shares(self._work * (width + sum(outer)), torch.get_num_threads())
-        running = [_pool().submit(run, thread, cut) for thread, cut in enumerate(cuts[1:], start=1)]
-        run(0, cuts[0])
-        for part in running:
-            part.result()
+        share(self._work * (width + sum(outer)), run)
 
     def _those_with(self, site: int) -> _Products | None:
         if site >= len(self._at_a):
@@ -151,20 +138,6 @@ class _Products:
             some = [one for one in self._segments if one.weights is not None and _has(one.weights, site)]
             self._parts[key] = _Products(some, self._scratch) if some else None
         return self._parts[key]
-
-
-def _shares(work: NDArray[Any], threads: int) -> list[slice]:
-    """Cut products, whose work up to each is given, into one part for each thread, as far as that pays."""
-    parts = min(threads, len(work), int(work[-1] // _WORTH) + 1)
-    if parts == 1:
-        return [slice(0, len(work))]
-    edges = [0, *(int(np.searchsorted(work, work[-1] * part / parts)) + 1 for part in range(1, parts)), len(work)]
-    return [slice(start, stop) for start, stop in pairwise(edges) if start < stop]
-
-
-@lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="step-lora")
 
 
 def _has(weights: AdapterWeights, site: int) -> bool:

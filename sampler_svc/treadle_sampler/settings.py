@@ -31,8 +31,8 @@ class SamplerSettings(WorkerSettings):
     )
     prepack: bool = Field(
         True,
-        description="on a CPU, decode over a copy of the base's linears in oneDNN's layout: faster steps, for memory "
-        "that is then not shared with other processes",
+        description="on a CPU, decode over a copy of the base's linears in oneDNN's layout, with kernels between "
+        "them: faster steps, for memory that is then not shared with other processes",
     )
     max_sequences: int = Field(64, ge=1, description="sequences that decode at the same time")
     max_cache_tokens: int = Field(
