@@ -22,7 +22,6 @@ from treadle_engine.attention import AttentionPlan
 from treadle_engine.base_model import ROW_MULTIPLE, BaseInfo, BaseModel
 from treadle_engine.decode_lean import DecodeLean, compile_kernels
 from treadle_engine.lora import Lows, Segment, SegmentedLinear, Segments
-from treadle_engine.lora_products import product_dtype
 from treadle_engine.shards import Shard
 from treadle_engine.step_lora import Scratch, StepLora, compile_kernel
 
@@ -115,19 +114,22 @@ class DecodeBase(BaseModel):
 
 @torch.no_grad()
 def smallest_block(base: BaseModel) -> int:
-    """Return the fewest rows from which a batched product gives a row the bits that it has among many: 4, 8 or 16."""
+    """Return the fewest rows from which a batched product gives a row the bits that it has among many: 4, 8 or 16.
+
+    The products are those of attention on a CPU, of stacked adapters elsewhere.
+    """
     generator = torch.Generator().manual_seed(0)
     widths = {(linear.in_features, linear.out_features) for linear in base.linears[:-1]}
-    heads = {(base.info.head_dim, 64), (64, base.info.head_dim), (base.info.head_dim, 320), (320, base.info.head_dim)}
-    lora = product_dtype(base.dtype, base.device)
-    shapes = [(inner, 16, lora) for inner, _ in widths] + [(16, outer, lora) for _, outer in widths]
-    shapes += [(inner, outer, base.dtype) for inner, outer in sorted(heads)]
+    width = base.info.head_dim
+    shapes = [(width, 64), (64, width), (width, 320), (320, width)]
+    if base.device.type != "cpu":
+        shapes = [(inner, 16) for inner, _ in widths] + [(16, outer) for _, outer in widths]
 
     def holds(rows: int) -> bool:
-        for inner, outer, dtype in shapes:
-            x_BMI = torch.randn(2, _PROBE_ROWS, inner, generator=generator).to(base.device, dtype)
-            w_BIO = torch.randn(2, outer, inner, generator=generator).to(base.device, dtype).transpose(1, 2)
-            y_BMO = torch.randn(2, _PROBE_ROWS, outer, generator=generator).to(base.device, dtype)
+        for inner, outer in shapes:
+            x_BMI = torch.randn(2, _PROBE_ROWS, inner, generator=generator).to(base.device, base.dtype)
+            w_BIO = torch.randn(2, outer, inner, generator=generator).to(base.device, base.dtype).transpose(1, 2)
+            y_BMO = torch.randn(2, _PROBE_ROWS, outer, generator=generator).to(base.device, base.dtype)
             many_BMO = torch.baddbmm(y_BMO, x_BMI, w_BIO, alpha=2.0)
             for start in (0, 3):
                 cut = slice(start, start + rows)

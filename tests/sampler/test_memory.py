@@ -41,6 +41,21 @@ def test_a_kept_prefix_changes_no_bit(dtype: str) -> None:
         text = np.concatenate([text, np.array(found.tokens[0], dtype=np.int32), make_prompt(24, turn)])
 
 
+def test_memory_of_finished_samples_serves_the_next(base: DecodeBase) -> None:
+    """Buffers are kept when a slab empties, for slabs of any capacity, within the budget; and given back on request."""
+    decoder = Decoder(base, max_cache_tokens=1, keep_prefixes=False)
+    per_position = 2 * base.info.num_layers * base.info.num_kv_heads * base.info.head_dim * base.dtype.itemsize
+    held = []
+    for length in (100, 100, 40, 200, 100):
+        run(decoder, [SampleRequest(make_prompt(length, seed), free(30, seed)) for seed in range(6)])
+        held.append(decoder.num_cache_bytes)
+        assert decoder.cache_counts.num_positions == 0
+        assert 0 < held[-1] <= decoder.cache_counts.max_positions * per_position
+    assert held[1] == held[0]
+    decoder.forget_prefixes()
+    assert decoder.num_cache_bytes == 0
+
+
 def test_adapters_do_not_share_prefixes(base: DecodeBase, adapters: list[AdapterWeights]) -> None:
     """The same text under another adapter, or the same one after a change, is another text."""
     decoder = Decoder(base)
