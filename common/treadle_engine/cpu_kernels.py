@@ -71,14 +71,14 @@ def _narrow(value: Any, like: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(_wide, inline="always", strict=False)  # type: ignore[untyped-decorator]
+@overload(_wide, strict=False)  # type: ignore[untyped-decorator]
 def _wide_overload(value: Any) -> Any:
     if value == types.uint16:
         return lambda value: np.uint32(np.uint32(value) << _HALF_WORD).view(np.float32)
     return lambda value: value
 
 
-@overload(_narrow, inline="always", strict=False)  # type: ignore[untyped-decorator]
+@overload(_narrow, strict=False)  # type: ignore[untyped-decorator]
 def _narrow_overload(value: Any, like: Any) -> Any:
     def half(value: Any, like: Any) -> Any:
         bits = np.float32(value).view(np.uint32)
