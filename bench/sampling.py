@@ -221,6 +221,7 @@ def _turns(base: DecodeBase) -> list[Row]:
 def _join(base: DecodeBase) -> list[Row]:
     """The time between two tokens of sixteen samples, alone and while a long prompt is read beside them."""
     decoder = Decoder(base)
+    decoder.prepare()  # as a sampler does at its start
     rng = np.random.default_rng(3)
     length = min(1024, base.info.max_context - 16)
     for seed in range(16):

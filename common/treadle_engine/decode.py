@@ -133,6 +133,10 @@ class Decoder:
             cache.num_positions, cache.max_positions, self.num_read, self.num_cached, self._places.num_preemptions
         )
 
+    def prepare(self) -> None:
+        """Get memory for the first samples' keys and values, so that these need not wait for it."""
+        self._cache.prepare()
+
     def forget_prefixes(self) -> None:
         """Drop what was kept of earlier requests."""
         self._cache.forget()

@@ -15,14 +15,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from treadle_engine.prefix_cache import BLOCK, PrefixCache
 
 _FINE = 512
+_LINE_BYTES = 64
+_LEAST_POSITIONS = 512
 # Runs of neighbouring slots whose views a slab keeps: with several owners, steps may go by turns.
 _KEPT_VIEWS = 8
+# Of the budget, what `prepare` may take.
+_PREPARED_SHARE = 8
 
 
 def capacity_for(length: int) -> int:
@@ -35,6 +40,16 @@ def capacity_for(length: int) -> int:
     while top < length:
         step, top = top // 4, top * 2
     return max(1, -(-length // step)) * step
+
+
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on a CPU they take memory, and time, only where they are used."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    # The system's own zero pages; torch would write into all of them at once. On a cache line, as torch begins.
+    values = torch.from_numpy(np.zeros(size * dtype.itemsize + _LINE_BYTES, np.uint8))
+    start = -values.data_ptr() % _LINE_BYTES
+    return values[start : start + size * dtype.itemsize].view(dtype)
 
 
 @dataclass(eq=False)
@@ -182,6 +197,14 @@ class KvCache:
         """Memory held, buffers that wait for a slab included, in bytes."""
         return (self.num_positions + self._num_idle) * self._values * self._dtype.itemsize
 
+    def prepare(self) -> None:
+        """Have memory ready for slabs of usual sizes, an eighth of the budget at most: the first would wait for it."""
+        positions = _LEAST_POSITIONS
+        while self.num_positions + self._num_idle + positions <= self.max_positions // _PREPARED_SHARE:
+            buffer = torch.empty(positions * self._values, dtype=self._dtype, device=self._device)
+            self._idle.append(buffer.zero_())
+            positions *= 2
+
     def forget(self) -> None:
         """Give back what is kept for others: prefixes and idle buffers."""
         self.prefixes.clear()
@@ -214,7 +237,7 @@ class KvCache:
         capacity = capacity_for(length)
         self._text_positions += capacity
         shape = (layers, two, heads, capacity, width)
-        return TextCache(torch.zeros(shape, dtype=self._dtype, device=self._device))
+        return TextCache(_zeros(math.prod(shape), self._dtype, self._device).view(shape))
 
     def free_text(self, text: TextCache) -> None:
         """Give a text's cache back."""
@@ -225,13 +248,14 @@ class KvCache:
 
         Of what is free beyond it, `promised` positions are not for the slab's spare slots.
         """
-        slot = self._take(text.length, promised)
+        slot = self._take(text.length, promised, 1)
         slot.slab.kv_Y2SGCd[:, :, slot.index, :, : text.length] = text.kv_Y2GCd[:, :, :, : text.length]
         return slot
 
     def grow(self, slot: Slot, promised: int = 0) -> Slot:
         """Return a larger slot with the same content, so that one more position fits; there is room for it."""
-        moved = self._take(slot.length, promised)
+        # Who began with it will follow it.
+        moved = self._take(slot.length, promised, len(slot.slab.slots))
         filled = slot.slab.kv_Y2SGCd[:, :, slot.index, :, : slot.length]
         moved.slab.kv_Y2SGCd[:, :, moved.index, :, : slot.length] = filled
         self.release(slot)
@@ -247,7 +271,8 @@ class KvCache:
             del self._slabs[slab.capacity]
             self._keep(slab.buffer)
 
-    def _take(self, length: int, promised: int) -> Slot:
+    def _take(self, length: int, promised: int, expected: int) -> Slot:
+        """Return a slot; that many may be wanted soon."""
         capacity = capacity_for(length + 1)
         slab = self._slabs.get(capacity)
         if slab is None:
@@ -256,7 +281,7 @@ class KvCache:
             # Twice as much where the budget allows it, so that a slab is not copied for every newcomer; in sizes
             # that do for a slab of any other capacity later.
             used, spare = len(slab.slots), self.max_positions - self.num_positions - promised
-            wanted = 1 << (max(4, 2 * used) * capacity - 1).bit_length()
+            wanted = max(_LEAST_POSITIONS, 1 << (max(2 * used, used + expected) * capacity - 1).bit_length())
             if wanted - slab.num_positions > spare:
                 wanted = (used + max(1, min(max(4, used), spare // capacity))) * capacity
             self._move(slab, wanted)
@@ -272,7 +297,7 @@ class KvCache:
         else:
             self._drop_idle(positions - slab.num_positions)
             # Zeros, not garbage: what is masked must at least be finite. What others have left is.
-            slab.move(torch.zeros(size, dtype=self._dtype, device=self._device))
+            slab.move(_zeros(size, self._dtype, self._device))
         self._keep(left)
 
     def _keep(self, buffer: Tensor | None) -> None:

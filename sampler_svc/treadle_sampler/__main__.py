@@ -129,6 +129,7 @@ def _load(settings: SamplerSettings, group: RankGroup | None) -> tuple[DecodeBas
         max_cache_tokens=settings.max_cache_tokens,
         settle=None if group is None else ranks.settle_draws(group.main),
     )
+    decoder.prepare()
     return base, decoder
 
 

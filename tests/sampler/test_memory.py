@@ -56,6 +56,20 @@ def test_memory_of_finished_samples_serves_the_next(base: DecodeBase) -> None:
     assert decoder.num_cache_bytes == 0
 
 
+def test_memory_may_be_ready_before_the_first_sample(base: DecodeBase) -> None:
+    """What `prepare` takes is within an eighth of the budget, is used, and changes no bit."""
+    fresh, ready = Decoder(base), Decoder(base)
+    ready.prepare()
+    counts = ready.cache_counts
+    per_position = 2 * base.info.num_layers * base.info.num_kv_heads * base.info.head_dim * base.dtype.itemsize
+    prepared = ready.num_cache_bytes
+    assert counts.num_positions == 0
+    assert 0 < prepared <= counts.max_positions * per_position // 8
+    requests = [SampleRequest(make_prompt(60, seed), free(70, seed)) for seed in range(5)]
+    for found, expected in zip(run(ready, requests), run(fresh, requests), strict=True):
+        assert_same_bits(found, expected)
+
+
 def test_adapters_do_not_share_prefixes(base: DecodeBase, adapters: list[AdapterWeights]) -> None:
     """The same text under another adapter, or the same one after a change, is another text."""
     decoder = Decoder(base)
