@@ -1,14 +1,14 @@
 """Kernels of a decoding step on a CPU, compiled by Numba when they are first called.
 
-A step has few rows, many adapters and a cache per sequence: torch would take a dozen small calls for what is one pass
-over each adapter and each cache here. A row's bits follow from its own numbers alone: every sum runs in an order that
-its own sizes fix, over tiles that are filled up and never change shape. Sums are in float32; tensors are float32 or
-bfloat16, given by address. Knows numbers alone: no tensors, adapters or sequences.
+A step has few rows and many adapters: torch would take a dozen small calls for what is one pass here. A row's bits
+follow from its own numbers alone: every sum runs in an order that its own sizes fix, over tiles that are filled up and
+never change shape. Sums are in float32; tensors are float32 or bfloat16, given by address. Knows numbers alone: no
+tensors, adapters or sequences.
 """
 
 # Shape suffix legend
-#   I = in features, O = out features, R = rank, S = R times the sites of a group, T = 4 rows or heads of a tile
-#   C = positions, d = head dimension
+#   I = in features, O = out features, R = rank, S = R times the sites of a group, T = 4 rows of a tile
+#   D = hidden, d = head dimension, F = features between gate/up and down
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def _narrow_overload(value: Any, like: Any) -> Any:
 
 
 @_compiled(fastmath={"contract", "reassoc"})
-def _times_rows(x_TI: Array, w_SI: Array, count: int, low_TS: Array) -> None:
-    """Write x w^T for `count` rows of w; a number's order of summing follows from I, its row and `count`."""
+def _times_rows(x_TI: Array, w_SI: Array, low_TS: Array) -> None:
+    """Write x w^T; a number's order of summing follows from I, S and its row of w."""
     x0, x1, x2, x3 = x_TI[0], x_TI[1], x_TI[2], x_TI[3]
-    width = w_SI.shape[1]
+    count, width = w_SI.shape
     pairs = count // 2 * 2
     for row in range(0, pairs, 2):
         w, v = w_SI[row], w_SI[row + 1]
@@ -189,7 +189,7 @@ def add_lora(
                 values_I = numba.carray(_pointer(x + like.itemsize * width * source, like), (width,))
                 for i in range(width):
                     x_TI[row, i] = _wide(values_I[i])
-            _times_rows(x_TI, a_SI, rank * len(outer), low_TS)
+            _times_rows(x_TI, a_SI, low_TS)
             for site in range(len(outer)):
                 columns = outer[site]
                 b_RO = numba.carray(_pointer(b[site, product], floats), (rank, columns))
@@ -210,7 +210,7 @@ def _normalise_row(x_D: Array, weight_D: Array, epsilon: Any, y_D: Array, like: 
     for i in range(len(x_D)):
         x = _wide(x_D[i])
         squares += x * x
-    factor = np.float32(1.0) / np.sqrt(squares / np.float32(len(x_D)) + epsilon)
+    factor = _ONE / np.sqrt(squares / np.float32(len(x_D)) + epsilon)
     for i in range(len(x_D)):
         # Rounded before and after the weight, as modules of transformers do.
         y_D[i] = _narrow(_wide(_narrow(_wide(x_D[i]) * factor, like)) * _wide(weight_D[i]), like)

@@ -141,9 +141,10 @@ class _Decoding:
         lines_H = heads_H // shared * self._width + heads_H % shared
         places_S = np.argsort(rows_S)
         self._outputs = torch.from_numpy((places_S[:, None] * (groups * self._width) + lines_H).ravel()).to(device)
-        self._lines = [(rows[:, None] * groups + np.arange(groups)).ravel() for rows in order_S]
-        self._groups, self._device = groups, device
-        self._appended: tuple[int, Tensor] = (0, self._queries)
+        # Of all rows' keys, and behind them values, those that each slab appends: keys first.
+        lines = [(rows[:, None] * groups + np.arange(groups)).ravel() for rows in order_S]
+        both = [own + offset for own in lines for offset in (0, self._rows.stop * groups)]
+        self._appended = torch.from_numpy(np.concatenate(both)).to(device)
 
     def attend(
         self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], o_THd: Tensor, scale: float, window: int | None
@@ -152,19 +153,12 @@ class _Decoding:
         q_THd, k_TGd, v_TGd = qkv
         width = q_THd.shape[2]
         q_BWd = q_THd.reshape(-1, width).index_select(0, self._queries).view(-1, self._width, width)
-        kv_2Bd = torch.cat((k_TGd, v_TGd)).view(-1, width).index_select(0, self._appended_lines(k_TGd.shape[0]))
+        kv_2Bd = torch.cat((k_TGd, v_TGd)).view(-1, width).index_select(0, self._appended)
         o_BWd = torch.empty_like(q_BWd)
         for slab in self._slabs:
             cut, both = slab.products, slice(2 * slab.products.start, 2 * slab.products.stop)
             slab.attend(layer, q_BWd[cut], kv_2Bd[both], o_BWd[cut], scale, window)
         torch.index_select(o_BWd.view(-1, width), 0, self._outputs, out=o_THd[self._rows].view(-1, width))
-
-    def _appended_lines(self, num_rows: int) -> Tensor:
-        """Return which lines of all rows' keys, and behind them values, each slab appends: keys first."""
-        if self._appended[0] != num_rows:
-            both = [own + offset for own in self._lines for offset in (0, num_rows * self._groups)]
-            self._appended = num_rows, torch.from_numpy(np.concatenate(both)).to(self._device)
-        return self._appended[1]
 
 
 class DecodeAttention:

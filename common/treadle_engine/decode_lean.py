@@ -31,16 +31,8 @@ Module = Any  # modules of transformers, whose attributes nn.Module does not typ
 class DecodeLean(LeanDecoder):
     """Runs the decoder of one base without gradients."""
 
-    def __call__(
-        self,
-        tokens_P: Tensor,
-        positions_P: Tensor,
-        segments: Sequence[Segment],
-        anchor_1: Tensor,
-        checkpoint: bool = False,
-    ) -> Tensor:
-        """Return final-norm hidden states x_PD; the last two arguments are those of a trainer's pass."""
-        del anchor_1, checkpoint
+    def infer(self, tokens_P: Tensor, positions_P: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Return final-norm hidden states x_PD."""
         decoder = self._decoder
         x_PD: Tensor = decoder.embed_tokens(tokens_P).contiguous()
         cosine_1Pd, sine_1Pd = decoder.rotary_emb(x_PD, positions_P.unsqueeze(0))

@@ -13,7 +13,6 @@ however many torch has.
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from treadle_engine.kernel_threads import together
 
 ALIGNED_VALUES: Final = 4
 """Float32 values in 16 bytes."""
@@ -101,11 +102,7 @@ class Products:
         self._operands[0, :count] = a
         self._operands[1, :count] = b
         self._operands[2, :count] = c
-        first, *others = self._calls
-        running = [_pool(threads - 1).submit(_multiply, library, call) for call in others]
-        _multiply(library, first)
-        for call in running:
-            call.result()
+        together(_multiply, [(library, call) for call in self._calls])
 
     def _call(self, start: int, stop: int) -> tuple[int, ...]:
         """Return the library's arguments for some of the products."""
@@ -130,11 +127,6 @@ def _multiply(library: _Library, call: tuple[int, ...]) -> None:
     before = library.set_threads(1)
     library.multiply(*call)
     library.set_threads(before)
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="grouped-gemm")
 
 
 def _rows_of(table: NDArray[Any]) -> list[int]:

@@ -23,6 +23,7 @@ from treadle_engine.prefix_cache import BLOCK, PrefixCache
 
 _FINE = 512
 _LINE_BYTES = 64
+# Positions of the smallest buffer that a slab is given while the budget has room.
 _LEAST_POSITIONS = 512
 # Runs of neighbouring slots whose views a slab keeps: with several owners, steps may go by turns.
 _KEPT_VIEWS = 8
@@ -281,7 +282,7 @@ class KvCache:
             # Twice as much where the budget allows it, so that a slab is not copied for every newcomer; in sizes
             # that do for a slab of any other capacity later.
             used, spare = len(slab.slots), self.max_positions - self.num_positions - promised
-            wanted = max(_LEAST_POSITIONS, 1 << (max(2 * used, used + expected) * capacity - 1).bit_length())
+            wanted = max(_LEAST_POSITIONS, 1 << ((used + max(used, expected)) * capacity - 1).bit_length())
             if wanted - slab.num_positions > spare:
                 wanted = (used + max(1, min(max(4, used), spare // capacity))) * capacity
             self._move(slab, wanted)

@@ -120,6 +120,10 @@ class LeanDecoder:
         if torch.is_grad_enabled():
             x_PD: Tensor = _Stack.apply(anchor_1, self, tokens_P, positions_P, segments, checkpoint)  # type: ignore[no-untyped-call]
             return x_PD
+        return self.infer(tokens_P, positions_P, segments)
+
+    def infer(self, tokens_P: Tensor, positions_P: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Return x_PD without a graph."""
         return self.forward(tokens_P, positions_P, segments, None)[0]
 
     def forward(

@@ -86,7 +86,9 @@ def draw(
         chosen_MV = prob_NV if len(plain) == len(params) else prob_NV[plain]
         tokens_N[plain] = _inverse(chosen_MV, _column(uniforms, plain, logits_NV))
     if cut:
-        tokens_N[cut] = _draw_cut(tempered_NV[cut], [params[row] for row in cut], _column(uniforms, cut, logits_NV))
+        tokens_N[cut] = _draw_cut(
+            tempered_NV[cut], prob_NV[cut], [params[row] for row in cut], _column(uniforms, cut, logits_NV)
+        )
     logprobs_N = token_logprobs(tempered_NV, prob_NV, tokens_N)
     return Drawn(tokens_N.tolist(), logprobs_N.tolist(), tempered_NV)
 
@@ -139,8 +141,8 @@ def _inverse(mass_MV: Tensor, uniform_M1: Tensor) -> Tensor:
     return (chunk_M1 * _CHUNK + torch.minimum(within_M1, last_M1))[:, 0]
 
 
-def _draw_cut(tempered_MV: Tensor, params: Sequence[SamplingParams], uniform_M1: Tensor) -> Tensor:
-    """Draw from what top-k, top-p and min-p leave."""
+def _draw_cut(tempered_MV: Tensor, prob_MV: Tensor, params: Sequence[SamplingParams], uniform_M1: Tensor) -> Tensor:
+    """Draw from what top-k, top-p and min-p leave; `prob_MV` is the softmax."""
     vocabulary = tempered_MV.shape[1]
     tokens_M = torch.zeros(len(params), dtype=torch.int64, device=tempered_MV.device)
     groups: dict[int, list[int]] = {}
@@ -150,21 +152,23 @@ def _draw_cut(tempered_MV: Tensor, params: Sequence[SamplingParams], uniform_M1:
         groups.setdefault(min(vocabulary, one.top_k if limited else _CANDIDATES), []).append(row)
     for count, rows in groups.items():
         chosen = [params[row] for row in rows]
-        drawn_M, enough_M = _draw_candidates(tempered_MV[rows], chosen, uniform_M1[rows], count)
+        drawn_M, enough_M = _draw_candidates(tempered_MV[rows], prob_MV[rows], chosen, uniform_M1[rows], count)
         for place in (~enough_M).nonzero()[:, 0].tolist():
             own = slice(rows[place], rows[place] + 1)
-            drawn_M[place] = _draw_candidates(tempered_MV[own], [chosen[place]], uniform_M1[own], vocabulary)[0][0]
+            drawn_M[place] = _draw_candidates(
+                tempered_MV[own], prob_MV[own], [chosen[place]], uniform_M1[own], vocabulary
+            )[0][0]
         tokens_M[rows] = drawn_M
     return tokens_M
 
 
 def _draw_candidates(
-    tempered_MV: Tensor, params: Sequence[SamplingParams], uniform_M1: Tensor, count: int
+    tempered_MV: Tensor, prob_MV: Tensor, params: Sequence[SamplingParams], uniform_M1: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
     """Draw from the `count` likeliest tokens of each row; also tell where they hold all that the cuts leave."""
     values_MC, ids_MC = tempered_MV.topk(count)
     limited_M1 = _params_column(params, [0 < one.top_k <= count for one in params], tempered_MV)
-    whole_MC = torch.softmax(tempered_MV, dim=-1).gather(1, ids_MC)
+    whole_MC = prob_MV.gather(1, ids_MC)
     prob_MC = torch.where(limited_M1 > 0, torch.softmax(values_MC, dim=-1), whole_MC).double()
     top_p_M1 = _params_column(params, [one.top_p for one in params], tempered_MV)
     min_p_M1 = _params_column(params, [one.min_p for one in params], tempered_MV)

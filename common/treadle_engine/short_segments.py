@@ -88,8 +88,8 @@ class ShortSegments:
         self.ranks = np.array([weights.config.rank for weights in adapters], np.int32)
         self._scales = np.array([weights.scale for weights in adapters], np.float32)
         self._flats = np.array([weights.flat.data_ptr() for weights in adapters], np.int64)
-        self._at_a = _stacked([weights.layout.offsets_a for weights in adapters])
-        self._at_b = _stacked([weights.layout.offsets_b for weights in adapters])
+        self._at_a = stacked_offsets([weights.layout.offsets_a for weights in adapters])
+        self._at_b = stacked_offsets([weights.layout.offsets_b for weights in adapters])
         self._starts = np.cumsum(self.rows, dtype=np.int64) - self.rows
         self.num_rows = int(self.rows.sum())
         self.runs = _runs(self._own)
@@ -279,7 +279,7 @@ def _runs(segments: Sequence[Segment]) -> list[slice]:
     return runs
 
 
-def _stacked(offsets: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+def stacked_offsets(offsets: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     """Return [segments, sites]; adapters without the last sites have -1 there."""
     width = max(len(row) for row in offsets)
     stack = np.full((len(offsets), width), -1, np.int64)

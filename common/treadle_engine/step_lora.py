@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treadle_engine.cpu_kernels import LIKE, TILE, add_lora
+from treadle_engine.grouped_gemm import Addresses
 from treadle_engine.kernel_threads import share
 from treadle_engine.lora import AdapterWeights, Segment
+from treadle_engine.short_segments import stacked_offsets
 
 _BYTES: Final = 4
 # Rows of a product, so that threads can share a long segment.
 _MOST_ROWS: Final = 64
 _FLOATS: Final = LIKE[torch.float32]
-
-Addresses = NDArray[np.int64]
 
 
 class Scratch:
@@ -83,19 +83,20 @@ class _Products:
     """Segments that have weights at the sites in question, cut into pieces that threads can share."""
 
     def __init__(self, segments: Sequence[Segment], scratch: Scratch) -> None:
-        self._segments, self._scratch = segments, scratch
+        self._scratch = scratch
         cuts = [
-            (weights, start, min(start + _MOST_ROWS, segment.stop))
+            (segment, start, min(start + _MOST_ROWS, segment.stop))
             for segment in segments
-            if (weights := segment.weights) is not None
             for start in range(segment.start, segment.stop, _MOST_ROWS)
         ]
-        adapters = [weights for weights, _, _ in cuts]
+        self._owners = [segment for segment, _, _ in cuts]
+        adapters = [weights for segment in self._owners if (weights := segment.weights) is not None]
         self._starts = np.array([start for _, start, _ in cuts], np.int64)
         self._stops = np.array([stop for _, _, stop in cuts], np.int64)
         self._ranks = np.array([weights.config.rank for weights in adapters], np.int64)
         self._scales = np.array([weights.scale for weights in adapters], np.float32)
-        self._at_a, self._at_b = _tables(adapters)
+        self._at_a = _addresses(adapters, [weights.layout.offsets_a for weights in adapters])
+        self._at_b = _addresses(adapters, [weights.layout.offsets_b for weights in adapters])
         self._work = np.cumsum((self._stops - self._starts) * self._ranks)
         self._at: dict[int, _Products | None] = {}
         self._parts: dict[bytes, _Products | None] = {}
@@ -135,21 +136,13 @@ class _Products:
             return self
         key = present.tobytes()
         if key not in self._parts:
-            some = [one for one in self._segments if one.weights is not None and _has(one.weights, site)]
-            self._parts[key] = _Products(some, self._scratch) if some else None
+            some = {id(owner): owner for owner, here in zip(self._owners, present, strict=True) if here}
+            self._parts[key] = _Products(list(some.values()), self._scratch) if some else None
         return self._parts[key]
 
 
-def _has(weights: AdapterWeights, site: int) -> bool:
-    offsets = weights.layout.offsets_a
-    return site < len(offsets) and int(offsets[site]) >= 0
-
-
-def _tables(adapters: Sequence[AdapterWeights]) -> tuple[Addresses, Addresses]:
-    """Return the addresses of A's and transposed B's [sites, adapters], -1 where an adapter has none."""
-    sites = max(len(weights.layout.offsets_a) for weights in adapters)
-    tables = np.full((2, sites, len(adapters)), -1, np.int64)
-    for place, weights in enumerate(adapters):
-        for table, offsets in zip(tables, (weights.layout.offsets_a, weights.layout.offsets_b), strict=True):
-            table[: len(offsets), place] = np.where(offsets < 0, -1, weights.flat.data_ptr() + _BYTES * offsets)
-    return tables[0], tables[1]
+def _addresses(adapters: Sequence[AdapterWeights], offsets: Sequence[NDArray[np.int64]]) -> Addresses:
+    """Return the addresses [sites, adapters] of what lies at `offsets` in each adapter, -1 where there is nothing."""
+    flats = np.array([[weights.flat.data_ptr()] for weights in adapters], np.int64)
+    stacked = stacked_offsets(offsets)
+    return np.ascontiguousarray(np.where(stacked < 0, -1, flats + _BYTES * stacked).T)
