@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bench.sampling_baselines import (
     ContinuousGenerate,
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         "throughput": lambda: _throughput(base, folder, options),
         "group": lambda: _group(base, options),
         "turns": lambda: _turns(base),
-        "join": lambda: _join(base),
+        "join": lambda: _join(base, options.rounds),
     }
     return [row for part in options.parts for row in parts[part]()]
 
@@ -218,32 +219,44 @@ def _turns(base: DecodeBase) -> list[Row]:
     return [{"figure": figure, "value": f"{share:.3f}", "target": "0.2"}]
 
 
-def _join(base: DecodeBase) -> list[Row]:
-    """The time between two tokens of sixteen samples, alone and while a long prompt is read beside them."""
+def _join(base: DecodeBase, rounds: int) -> list[Row]:
+    """The time between two tokens of sixteen samples, alone and while a long prompt is read beside them, in turn."""
     decoder = Decoder(base)
     decoder.prepare()  # as a sampler does at its start
     rng = np.random.default_rng(3)
     length = min(1024, base.info.max_context - 16)
     for seed in range(16):
         tokens_T = rng.integers(3, base.info.vocab_size, 64).astype(np.int32)
-        decoder.add(SampleRequest(tokens_T, _params(min(400, base.info.max_context - 70), seed)))
+        decoder.add(SampleRequest(tokens_T, _params(min(64 + 120 * rounds, base.info.max_context - 70), seed)))
     while decoder.num_tokens < 16 * 8:
         decoder.step()
-    steady = [_seconds(decoder.step) for _ in range(40)]
-    prompt_T = rng.integers(3, base.info.vocab_size, length).astype(np.int32)
-    read = decoder.num_read
-    decoder.add(SampleRequest(prompt_T, _params(4, 0)))
-    joining = []
-    while decoder.num_read < read + length:
-        joining.append(_seconds(decoder.step))
+    times = [_join_once(decoder, rng.integers(3, base.info.vocab_size, length).astype(np.int32)) for _ in range(rounds)]
     rows = []
     for place, unit in ((0, "CPU"), (1, "wall")):
-        calm, busy = ([one[place] for one in times] for times in (steady, joining))
-        p99, median = float(np.quantile(busy, 0.99)), float(np.median(calm))
-        value = f"{p99 / np.quantile(calm, 0.99):.2f} ({p99 * 1e3:.0f} ms; median then {np.median(busy) / median:.2f}x)"
+        calm, busy = ([[one[place] for one in steps] for steps in side] for side in zip(*times, strict=True))
+        p99 = float(np.median([_p99(one) for one in busy]))
+        ratio = np.median([_p99(one) / _p99(alone) for one, alone in zip(busy, calm, strict=True)])
+        median = np.median([np.median(one) / np.median(alone) for one, alone in zip(busy, calm, strict=True)])
         figure = f"p99 time between tokens ({unit}) while a {length}-token prompt joins 16 samples, against without"
+        value = f"{ratio:.2f} ({p99 * 1e3:.0f} ms; median then {median:.2f}x)"
         rows.append({"figure": figure, "value": value, "target": "2"})
     return rows
+
+
+def _join_once(decoder: Decoder, prompt_T: NDArray[np.int32]) -> tuple[list[tuple[float, float]], ...]:
+    """Return (CPU, wall) seconds of 40 steps without the prompt, then of those that read it."""
+    steady = [_seconds(decoder.step) for _ in range(40)]
+    read = decoder.num_read
+    number = decoder.add(SampleRequest(prompt_T, _params(4, 0)))
+    joining = []
+    while decoder.num_read < read + len(prompt_T):
+        joining.append(_seconds(decoder.step))
+    decoder.cancel(number)
+    return steady, joining
+
+
+def _p99(seconds: Sequence[float]) -> float:
+    return float(np.quantile(seconds, 0.99))
 
 
 def _seconds(function: Callable[[], object]) -> tuple[float, float]:

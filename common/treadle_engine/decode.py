@@ -305,8 +305,12 @@ class Decoder:
 
     def _draw(self, logits_NV: Tensor | None) -> list[DecodeEvent]:
         """Draw a token for every sample, and the first one for samples whose prompt is ready."""
+        # Those that came back in this step have their newest token already, and no logits yet.
+        drawing = self._places.samples[: 0 if logits_NV is None else logits_NV.shape[0]]
+        self._places.samples = self._places.samples[len(drawing) :]
+        drawn = [self._draw_rows(drawing, logits_NV)] if drawing and logits_NV is not None else []
         born: list[Sample] = []
-        rows = [] if logits_NV is None else [logits_NV]
+        rows: list[Tensor] = []
         for prompt in self._prompts.values():
             if prompt.logits_V is None:
                 continue
@@ -314,32 +318,31 @@ class Decoder:
                 params = prompt.request.params
                 history = TokenHistory(prompt.request.prompt_T) if params.penalised else None
                 born.append(Sample(prompt, index, sample_stream(params.seed, index), history))
-                rows.append(prompt.logits_V[None])
+                rows.append(prompt.logits_V)
             prompt.unborn = []
-        # Those that came back in this step have their newest token already, and no logits yet.
-        drawing = self._places.samples[: 0 if logits_NV is None else logits_NV.shape[0]]
-        resumed = self._places.samples[len(drawing) :]
-        samples = drawing + born
-        if not samples:
-            return []
-        uniforms = [sample.stream.random() for sample in samples]
-        asked = [sample.prompt.request.params for sample in samples]
-        drawn = draw(torch.cat(rows) if born else rows[0], asked, uniforms, [sample.history for sample in samples])
-        if self._settle is not None:
-            drawn = self._settle(drawn)
-        self._places.samples = resumed
-        return self._take_all(samples, drawn)
+        if born:
+            # By themselves: to append them would copy the logits of all others.
+            drawn.append(self._draw_rows(born, torch.stack(rows)))
+        return self._take_all(drawing + born, drawn)
 
-    def _take_all(self, samples: Sequence[Sample], drawn: Drawn) -> list[DecodeEvent]:
+    def _draw_rows(self, samples: Sequence[Sample], logits_NV: Tensor) -> Drawn:
+        """Draw a token for each of some samples from its row."""
+        uniforms = [sample.stream.random() for sample in samples]
+        params = [sample.prompt.request.params for sample in samples]
+        drawn = draw(logits_NV, params, uniforms, [sample.history for sample in samples])
+        return drawn if self._settle is None else self._settle(drawn)
+
+    def _take_all(self, samples: Sequence[Sample], drawn: Sequence[Drawn]) -> list[DecodeEvent]:
         """Append every sample's token; end the requests of those whose numbers are none."""
+        rows = [row for part in drawn for row in zip(*part, strict=True)]
         events: list[DecodeEvent] = []
         failed: dict[int, Prompt] = {}
-        for row, (sample, token, logprob) in enumerate(zip(samples, drawn.tokens, drawn.logprobs, strict=True)):
+        for sample, (token, logprob, tempered_V) in zip(samples, rows, strict=True):
             if not math.isfinite(logprob):
                 failed[sample.prompt.number] = sample.prompt
                 self._places.samples.append(sample)
                 continue
-            events.append(self._take(sample, token, logprob, drawn.tempered_NV[row]))
+            events.append(self._take(sample, token, logprob, tempered_V))
         for prompt in failed.values():
             error = EngineError("NAN_LOGITS", "the model's logits are not finite numbers: its weights have diverged")
             events.append(FailedEvent(prompt.number, error))

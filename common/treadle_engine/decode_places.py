@@ -62,11 +62,13 @@ class Places:
         if prompt.paused:
             sample = prompt.paused.pop(0)
             text_T = sample.text_T
-            reading = self._read(prompt, text_T.shape[0], sample)
             self._promised += capacity_for(text_T.shape[0] + 1)
+            reading = self._read(prompt, text_T.shape[0], sample)
             self.readings.append(reading)
             self.line.charge(prompt.owner, reading.num_rows)
         else:
+            if prompt.request.num_samples:
+                self._promised += capacity_for(prompt.length + 1)
             if not prompt.num_claimed:
                 # The last token of a text that is only scored predicts nothing that was asked for.
                 rows = prompt.length if prompt.request.num_samples else max(1, prompt.length - 1)
@@ -75,7 +77,6 @@ class Places:
                 self.line.charge(prompt.owner, rows)
             if prompt.request.num_samples:
                 prompt.unborn.append(prompt.num_claimed)
-                self._promised += capacity_for(prompt.length + 1)
                 self.line.charge(prompt.owner, prompt.advance)
             prompt.num_claimed += 1
         if not prompt.is_waiting:
@@ -84,7 +85,8 @@ class Places:
     def _read(self, prompt: Prompt, num_rows: int, sample: Sample | None) -> Reading:
         text_T = prompt.request.prompt_T if sample is None else sample.text_T
         keys = prompt.keys if sample is None else prompt.keys.grown(text_T[prompt.length :])
-        reading = Reading(prompt, text_T, keys.keys, self._cache.new_text(text_T.shape[0]), num_rows, sample=sample)
+        cache = self._cache.new_text(text_T.shape[0], self._promised)
+        reading = Reading(prompt, text_T, keys.keys, cache, num_rows, sample=sample)
         prepare(reading)
         return reading
 

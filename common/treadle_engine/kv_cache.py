@@ -55,15 +55,12 @@ def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @dataclass(eq=False)
 class TextCache:
-    """Keys [0] and values [1] of a text that is read; `length` positions are filled, the others are zero."""
+    """Keys [0] and values [1] of a text that is read; `length` positions are filled, the others are finite."""
 
+    buffer: Tensor
     kv_Y2GCd: Tensor
+    """The beginning of the buffer."""
     length: int = 0
-
-    @property
-    def capacity(self) -> int:
-        """Positions that it has memory for."""
-        return int(self.kv_Y2GCd.shape[3])
 
 
 @dataclass(eq=False)
@@ -159,8 +156,9 @@ class Slab:
 class KvCache:
     """All keys and values of one decoder; one thread owns it.
 
-    Buffers that slabs have left are kept for the next slab while the budget has room for them: to get memory from the
-    operating system takes longer than to fill it.
+    Buffers that slabs and texts have left are kept for the next while the budget has room for them: to get memory from
+    the operating system takes longer than to fill it. What they hold is finite: masked, anything else would still
+    spoil a sum.
     """
 
     def __init__(
@@ -195,11 +193,11 @@ class KvCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held, buffers that wait for a slab included, in bytes."""
+        """Memory held, idle buffers included, in bytes."""
         return (self.num_positions + self._num_idle) * self._values * self._dtype.itemsize
 
     def prepare(self) -> None:
-        """Have memory ready for slabs of usual sizes, an eighth of the budget at most: the first would wait for it."""
+        """Have memory ready in usual sizes, an eighth of the budget at most: the first to need it would wait for it."""
         positions = _LEAST_POSITIONS
         while self.num_positions + self._num_idle + positions <= self.max_positions // _PREPARED_SHARE:
             buffer = torch.empty(positions * self._values, dtype=self._dtype, device=self._device)
@@ -232,17 +230,26 @@ class KvCache:
         slab = self._slabs.get(capacity_for(length))
         return capacity_for(length) if slab is None or slab.is_full else 0
 
-    def new_text(self, length: int) -> TextCache:
-        """Return an empty cache for a text of `length` tokens; there is room for it."""
+    def new_text(self, length: int, promised: int = 0) -> TextCache:
+        """Return an empty cache for a text of `length` tokens; there is room for it.
+
+        Of what is free beyond it, `promised` positions are not for making it a size that does for others later.
+        """
         layers, two, heads, width = self._shape
         capacity = capacity_for(length)
-        self._text_positions += capacity
-        shape = (layers, two, heads, capacity, width)
-        return TextCache(_zeros(math.prod(shape), self._dtype, self._device).view(shape))
+        usual = 1 << (capacity - 1).bit_length()
+        spare = self.max_positions - self.num_positions - promised
+        buffer = self._get(usual if usual <= spare else capacity)
+        self._text_positions += buffer.numel() // self._values
+        filled = buffer[: capacity * self._values]
+        return TextCache(buffer, filled.view(layers, two, heads, capacity, width))
 
     def free_text(self, text: TextCache) -> None:
         """Give a text's cache back."""
-        self._text_positions -= text.capacity
+        # Whether its numbers were finite need not have been noticed: a text may only have been scored.
+        text.kv_Y2GCd.zero_()
+        self._text_positions -= text.buffer.numel() // self._values
+        self._keep(text.buffer)
 
     def fork(self, text: TextCache, promised: int = 0) -> Slot:
         """Return a new sequence that goes on from a text, with room for one more position; there is room for it.
@@ -270,7 +277,8 @@ class KvCache:
         slab.drop(slot)
         if not slab.slots:
             del self._slabs[slab.capacity]
-            self._keep(slab.buffer)
+            if slab.buffer is not None:
+                self._keep(slab.buffer)
 
     def _take(self, length: int, promised: int, expected: int) -> Slot:
         """Return a slot; that many may be wanted soon."""
@@ -291,21 +299,23 @@ class KvCache:
     def _move(self, slab: Slab, positions: int) -> None:
         """Let a slab go on in a buffer of so many positions."""
         left = slab.buffer
-        size = positions * self._values
-        fitting = next((place for place, buffer in enumerate(self._idle) if buffer.numel() == size), None)
-        if fitting is not None:
-            slab.move(self._idle.pop(fitting))
-        else:
-            self._drop_idle(positions - slab.num_positions)
-            # Zeros, not garbage: what is masked must at least be finite. What others have left is.
-            slab.move(_zeros(size, self._dtype, self._device))
-        self._keep(left)
+        slab.move(self._get(positions, slab.num_positions))
+        if left is not None:
+            self._keep(left)
 
-    def _keep(self, buffer: Tensor | None) -> None:
-        """Keep a buffer that a slab has left if the budget has room for it."""
-        if buffer is not None:
-            self._idle.append(buffer)
-            self._drop_idle(0)
+    def _get(self, positions: int, left: int = 0) -> Tensor:
+        """Return a buffer of so many positions, `left` of which the budget has counted already."""
+        size = positions * self._values
+        for place, buffer in enumerate(self._idle):
+            if buffer.numel() == size:
+                return self._idle.pop(place)
+        self._drop_idle(positions - left)
+        return _zeros(size, self._dtype, self._device)
+
+    def _keep(self, buffer: Tensor) -> None:
+        """Keep a buffer that nobody uses any more if the budget has room for it."""
+        self._idle.append(buffer)
+        self._drop_idle(0)
 
     @property
     def _num_idle(self) -> int:
