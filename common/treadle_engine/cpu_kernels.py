@@ -37,28 +37,28 @@ _HALF_WORD, _ROUND, _QUIET = np.uint32(16), np.uint32(0x7FFF), np.uint16(0x7FC0)
 Array = Any  # numpy arrays; Numba types them by what they are called with
 
 
-def _compiled(**flags: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(**flags: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that compiles; what was compiled is kept on disk where there is a place for it."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True, **flags)(function)
+            kernel: Callable[..., Any] = numba.njit(nogil=True, cache=True, **flags)(function)
         except RuntimeError:
-            compiled = numba.njit(nogil=True, **flags)(function)
-        return compiled
+            kernel = numba.njit(nogil=True, **flags)(function)
+        return kernel
 
     return decorate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _pointer(_context: Any, _address: Any, like: Any) -> Any:
+def pointer(_context: Any, _address: Any, like: Any) -> Any:
     """Return a pointer to elements of `like` at an address."""
-    pointer = types.CPointer(like.dtype)
+    kind = types.CPointer(like.dtype)
 
     def build(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+        return builder.inttoptr(arguments[0], context.get_value_type(kind))
 
-    return pointer(types.int64, like), build
+    return kind(types.int64, like), build
 
 
 def _wide(value: Any) -> Any:
@@ -89,7 +89,7 @@ def _narrow_overload(value: Any, like: Any) -> Any:
     return half if like.dtype == types.uint16 else lambda value, like: value
 
 
-@_compiled(fastmath={"contract", "reassoc"})
+@compiled(fastmath={"contract", "reassoc"})
 def _times_rows(x_TI: Array, w_SI: Array, low_TS: Array) -> None:
     """Write x w^T; a number's order of summing follows from I, S and its row of w."""
     x0, x1, x2, x3 = x_TI[0], x_TI[1], x_TI[2], x_TI[3]
@@ -120,7 +120,7 @@ def _times_rows(x_TI: Array, w_SI: Array, low_TS: Array) -> None:
         low_TS[0, row], low_TS[1, row], low_TS[2, row], low_TS[3, row] = w0, w1, w2, w3
 
 
-@_compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _add_rows(factors_TR: Array, w_RO: Array, begin: int, end: int, sum_TO: Array) -> None:
     """Add factors w to columns [begin, end) of the sums, row by row of w."""
     # As slices, whose indices count from 0: only such loops become vector instructions.
@@ -148,14 +148,14 @@ def _add_rows(factors_TR: Array, w_RO: Array, begin: int, end: int, sum_TO: Arra
             s3[o] = s3[o] + f3 * x
 
 
-@_compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _add_scaled(x_O: Array, scale: Any, y_O: Array, like: Array) -> None:
     """Add scale x to y, rounding once."""
     for column in range(len(y_O)):
         y_O[column] = _narrow(_wide(y_O[column]) + scale * x_O[column], like)
 
 
-@_compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def add_lora(
     like: Array,
     floats: Array,
@@ -181,18 +181,18 @@ def add_lora(
     """
     for product in range(len(starts)):
         rank = ranks[product]
-        a_SI = numba.carray(_pointer(a[product], floats), (rank * len(outer), width))
+        a_SI = numba.carray(pointer(a[product], floats), (rank * len(outer), width))
         for first in range(starts[product], stops[product], TILE):
             rows = min(TILE, stops[product] - first)
             for row in range(TILE):
                 source = min(row, rows - 1) + first
-                values_I = numba.carray(_pointer(x + like.itemsize * width * source, like), (width,))
+                values_I = numba.carray(pointer(x + like.itemsize * width * source, like), (width,))
                 for i in range(width):
                     x_TI[row, i] = _wide(values_I[i])
             _times_rows(x_TI, a_SI, low_TS)
             for site in range(len(outer)):
                 columns = outer[site]
-                b_RO = numba.carray(_pointer(b[site, product], floats), (rank, columns))
+                b_RO = numba.carray(pointer(b[site, product], floats), (rank, columns))
                 for row in range(TILE):
                     for column in range(columns):
                         sum_TO[row, column] = _ZERO
@@ -201,10 +201,10 @@ def add_lora(
                     _add_rows(low_TS[:, site * rank : (site + 1) * rank], b_RO, begin, end, sum_TO)
                 for row in range(rows):
                     place = ys[site] + like.itemsize * columns * (first + row)
-                    _add_scaled(sum_TO[row], scales[product], numba.carray(_pointer(place, like), (columns,)), like)
+                    _add_scaled(sum_TO[row], scales[product], numba.carray(pointer(place, like), (columns,)), like)
 
 
-@_compiled(fastmath={"contract", "reassoc"}, error_model="numpy")
+@compiled(fastmath={"contract", "reassoc"}, error_model="numpy")
 def _normalise_row(x_D: Array, weight_D: Array, epsilon: Any, y_D: Array, like: Array) -> None:
     squares = _ZERO
     for i in range(len(x_D)):
@@ -216,25 +216,25 @@ def _normalise_row(x_D: Array, weight_D: Array, epsilon: Any, y_D: Array, like: 
         y_D[i] = _narrow(_wide(_narrow(_wide(x_D[i]) * factor, like)) * _wide(weight_D[i]), like)
 
 
-@_compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _add_row(x_D: Array, z_D: Array, like: Array) -> None:
     for i in range(len(x_D)):
         x_D[i] = _narrow(_wide(x_D[i]) + _wide(z_D[i]), like)
 
 
-@_compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def normalise(like: Array, x: int, z: int, rows: int, width: int, weight: int, epsilon: Any, y: int) -> None:
     """Write the root-mean-square norm of x to y, both [rows, D], after z was added to x; no z if its address is 0."""
-    weight_D = numba.carray(_pointer(weight, like), (width,))
+    weight_D = numba.carray(pointer(weight, like), (width,))
     for row in range(rows):
         offset = like.itemsize * width * row
-        x_D = numba.carray(_pointer(x + offset, like), (width,))
+        x_D = numba.carray(pointer(x + offset, like), (width,))
         if z != 0:
-            _add_row(x_D, numba.carray(_pointer(z + offset, like), (width,)), like)
-        _normalise_row(x_D, weight_D, epsilon, numba.carray(_pointer(y + offset, like), (width,)), like)
+            _add_row(x_D, numba.carray(pointer(z + offset, like), (width,)), like)
+        _normalise_row(x_D, weight_D, epsilon, numba.carray(pointer(y + offset, like), (width,)), like)
 
 
-@_compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _rotate_head(near_d: Array, far_d: Array, cosine_d: Array, sine_d: Array, like: Array) -> None:
     half = len(near_d)
     for i in range(half):
@@ -243,25 +243,25 @@ def _rotate_head(near_d: Array, far_d: Array, cosine_d: Array, sine_d: Array, li
         far_d[i] = _narrow(far * _wide(cosine_d[half + i]) + near * _wide(sine_d[half + i]), like)
 
 
-@_compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def rotate(like: Array, x: int, rows: int, heads: int, width: int, cosine: int, sine: int) -> None:
     """Turn the pairs (i, i + d/2) of every head of x [rows, H, d] in place; the factors are [rows, d]."""
     half, size = width // 2, like.itemsize
     for row in range(rows):
-        cosine_d = numba.carray(_pointer(cosine + size * width * row, like), (width,))
-        sine_d = numba.carray(_pointer(sine + size * width * row, like), (width,))
+        cosine_d = numba.carray(pointer(cosine + size * width * row, like), (width,))
+        sine_d = numba.carray(pointer(sine + size * width * row, like), (width,))
         for head in range(heads):
             place = x + size * width * (row * heads + head)
-            near_d = numba.carray(_pointer(place, like), (half,))
-            far_d = numba.carray(_pointer(place + size * half, like), (half,))
+            near_d = numba.carray(pointer(place, like), (half,))
+            far_d = numba.carray(pointer(place + size * half, like), (half,))
             _rotate_head(near_d, far_d, cosine_d, sine_d, like)
 
 
-@_compiled(fastmath={"contract"}, error_model="numpy")
+@compiled(fastmath={"contract"}, error_model="numpy")
 def gate(like: Array, x: int, up: int, count: int) -> None:
     """Replace `count` elements x by silu(x) * up."""
-    x_F = numba.carray(_pointer(x, like), (count,))
-    up_F = numba.carray(_pointer(up, like), (count,))
+    x_F = numba.carray(pointer(x, like), (count,))
+    up_F = numba.carray(pointer(up, like), (count,))
     for i in range(count):
         value = _wide(x_F[i])
         # e^-x = 2^n times a polynomial of what is left, |rest| <= ln 2 / 2 (Cody and Waite; Cephes' expf).

@@ -30,6 +30,9 @@ def together(run: Callable[[*Arguments], object], calls: Sequence[tuple[*Argumen
 def share(work: NDArray[Any], run: Callable[[int, slice], None]) -> None:
     """Call `run` with a thread's number and its part of some pieces; `work` up to each is in multiplications."""
     parts = min(torch.get_num_threads(), len(work), int(work[-1] // _WORTH) + 1)
+    if parts == 1:
+        run(0, slice(0, len(work)))
+        return
     cuts = (int(np.searchsorted(work, work[-1] * part / parts)) + 1 for part in range(1, parts))
     pieces = [slice(start, stop) for start, stop in pairwise([0, *cuts, len(work)]) if start < stop]
     together(run, list(enumerate(pieces)))

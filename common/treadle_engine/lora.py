@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treadle_engine.errors import EngineError
+from treadle_engine.grouped_segments import GroupedLows, GroupedSegments
+from treadle_engine.half_segments import half_segments
 from treadle_engine.lora_products import (
     Block,
     add_gradients,
@@ -35,7 +37,7 @@ from treadle_engine.lora_products import (
 )
 from treadle_engine.quantize import PackedLinear, PackedWeight
 from treadle_engine.shards import Shard
-from treadle_engine.short_segments import ShortLows, ShortSegments, short_segments
+from treadle_engine.short_segments import short_segments
 from treadle_engine.spare_buffers import SpareBuffers
 
 SiteKind = Literal["attn", "mlp", "unembed"]
@@ -318,20 +320,26 @@ class Segment:
 
 
 class Segments(tuple[Segment, ...]):
-    """The segments of one stream, with what their short ones have in common at all linears of a pass."""
+    """The segments of one stream, with what grouped ones have in common at all linears of a pass."""
 
     @classmethod
     def of(cls, segments: Sequence[Segment]) -> Segments:
         """Return the segments as such; what is one already is not looked at again."""
         return segments if isinstance(segments, cls) else cls(segments)
 
-    def short(self, site: int) -> ShortSegments | None:
-        """Return those whose products at a site are grouped, None if there are none; for a CPU."""
-        short = self._short
-        return None if short is None else short.at(site)
+    def grouped(self, site: int, dtype: torch.dtype) -> GroupedSegments | None:
+        """Return those whose products at a site of a base in `dtype` are grouped, None if there are none; for a CPU."""
+        for some in (self._half if dtype == torch.bfloat16 else None, self._short):
+            if some is not None and (there := some.at(site)) is not None:
+                return there
+        return None
 
     @cached_property
-    def _short(self) -> ShortSegments | None:
+    def _half(self) -> GroupedSegments | None:
+        return half_segments(self)
+
+    @cached_property
+    def _short(self) -> GroupedSegments | None:
         return short_segments(self)
 
 
@@ -340,13 +348,13 @@ class Lows:
     """A x^T of the segments at one group of linears, whose rows are those of all its sites."""
 
     each: list[Tensor | None]
-    """[S, N] by segment; None where it is short, or has no LoRA here."""
-    short: ShortLows | None = None
+    """[S, N] by segment; None where it is grouped, or has no LoRA here."""
+    grouped: GroupedLows | None = None
 
     def select(self, segments: Sequence[Segment], kept: Sequence[Tensor]) -> Lows:
         """Return those of some rows of each segment, given by indices; `segments` are what remains of them."""
         each = [None if low is None else low.index_select(1, rows) for low, rows in zip(self.each, kept, strict=True)]
-        return Lows(each, None if self.short is None else self.short.select(segments, kept))
+        return Lows(each, None if self.grouped is None else self.grouped.select(segments, kept))
 
 
 class SegmentedLinear(nn.Linear):
@@ -419,10 +427,10 @@ class SegmentedLinear(nn.Linear):
         segments = Segments.of(segments)
         first, count = linears[0].site, len(linears)
         lows = Lows([None] * len(segments))
-        short = segments.short(first) if x_MI.device.type == "cpu" else None
-        if short is not None:
-            lows.short = short.forward(first, x_MI, ys)
-        grouped: frozenset[int] = frozenset() if short is None else short.places
+        together = segments.grouped(first, x_MI.dtype) if x_MI.device.type == "cpu" else None
+        if together is not None:
+            lows.grouped = together.forward(first, x_MI, ys)
+        grouped: frozenset[int] = frozenset() if together is None else together.places
         streams: _Streams | None = None
         for index, segment in enumerate(segments):
             if index in grouped or segment.weights is None:
@@ -462,10 +470,10 @@ class SegmentedLinear(nn.Linear):
         g_MI = cls.base_input_gradient(linears, gradients) if need_input else None
         first, count = linears[0].site, len(linears)
         shares: dict[int, Block | None] = {}
-        if lows.short is not None:
-            short = lows.short.owner
-            left = short.backward(first, gradients, x_MI, lows.short, g_MI)
-            shares = dict(zip(short.indices, left, strict=True))
+        if lows.grouped is not None:
+            together = lows.grouped.owner
+            left = together.backward(first, gradients, x_MI, lows.grouped, g_MI)
+            shares = dict(zip(together.indices, left, strict=True))
         streams: _Streams | None = None
         for index, (segment, low_SN) in enumerate(zip(segments, lows.each, strict=True)):
             # In the order of the stream, whoever computes: that in which a run's chunks are added.

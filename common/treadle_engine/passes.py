@@ -24,6 +24,7 @@ from treadle_engine.attention import PackedCausal
 from treadle_engine.base_model import BaseModel
 from treadle_engine.batch import IGNORE, TokenBatch
 from treadle_engine.errors import EngineError
+from treadle_engine.half_segments import prepare_products
 from treadle_engine.logprobs import Derivative, HeadChunk, run_head
 from treadle_engine.lora import AdapterWeights, Segment, Segments
 from treadle_engine.losses import LossSpec, evaluate
@@ -74,6 +75,7 @@ class TrainingEngine:
             raise EngineError("BAD_VALUE", f"max_tokens_per_pass must be at least {CHUNK_TOKENS}")
         self.base = base
         self.max_tokens_per_pass = max_tokens_per_pass
+        prepare_products(base.dtype, base.device)
 
     def split(self, batch: TokenBatch, *, limited: bool = True) -> list[TokenBatch]:
         """Cut a batch into chunks at datum boundaries, by its own lengths alone.

@@ -12,7 +12,7 @@ begin at multiples of 16 bytes wherever the segment lies in the stream. Knows se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treadle_engine.grouped_gemm import ALIGNED_VALUES, Addresses, Products, TimesTransposed, available
+from treadle_engine.grouped_segments import GroupedLows, GroupedSegments
 from treadle_engine.lora_products import MANY_ROWS, Block
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ def short_segments(segments: Sequence[Segment]) -> ShortSegments | None:
     return ShortSegments(short, [segments[index] for index in short]) if short and available() else None
 
 
-class ShortLows:
+class ShortLows(GroupedLows):
     """A x^T of short segments at one group of linears: [N, S] each, every one on a cache line of its own."""
+
+    owner: ShortSegments
 
     def __init__(self, owner: ShortSegments, count: int) -> None:
         """Make room at `count` sites for the segments of `owner`."""
@@ -74,30 +77,21 @@ class ShortLows:
         return self._flat[offset : offset + rows * width].view(rows, width)
 
 
-class ShortSegments:
-    """Some segments of a stream with what their products have in common at all linears."""
+class ShortSegments(GroupedSegments):
+    """Some segments of a stream, each of which has rows and weights."""
 
     def __init__(self, indices: Sequence[int], own: Sequence[Segment]) -> None:
-        """Take segments, each of which has rows and weights, and their places in the stream."""
-        self.indices = list(indices)
-        self.places = frozenset(indices)
-        # Not all of the stream's: who keeps those keeps this, and a circle would live on beyond its pass.
-        self._own = list(own)
-        adapters = [segment.weights for segment in self._own if segment.weights is not None]
-        self.rows = np.array([segment.stop - segment.start for segment in self._own], np.int32)
-        self.ranks = np.array([weights.config.rank for weights in adapters], np.int32)
-        self._scales = np.array([weights.scale for weights in adapters], np.float32)
-        self._flats = np.array([weights.flat.data_ptr() for weights in adapters], np.int64)
-        self._at_a = stacked_offsets([weights.layout.offsets_a for weights in adapters])
-        self._at_b = stacked_offsets([weights.layout.offsets_b for weights in adapters])
-        self._starts = np.cumsum(self.rows, dtype=np.int64) - self.rows
-        self.num_rows = int(self.rows.sum())
-        self.runs = _runs(self._own)
-        self._parts: dict[bytes, ShortSegments | None] = {}
+        """Take segments and their places in the stream."""
+        super().__init__(indices, own, torch.float32)
         self._low_places: dict[int, tuple[NDArray[np.int64], int]] = {}
         self._row_places: dict[int, Addresses] = {}
         self._downs: dict[tuple[int, int, int, bool], TimesTransposed] = {}
         self._products: dict[tuple[str | int, ...], Products] = {}
+
+    @classmethod
+    def of(cls, indices: Sequence[int], own: Sequence[Segment]) -> Self:
+        """Take segments and their places in the stream."""
+        return cls(indices, own)
 
     def low_places(self, count: int) -> tuple[NDArray[np.int64], int]:
         """Return where each segment's low_NS begins at `count` sites, in values, and how many there are in all."""
@@ -113,20 +107,6 @@ class ShortSegments:
             self._row_places[stride] = self._starts * (_BYTES * stride)
         return self._row_places[stride]
 
-    def at(self, site: int) -> ShortSegments | None:
-        """Return those that have weights at a site, None if there are none."""
-        if site >= self._at_a.shape[1]:
-            return None
-        present = self._at_a[:, site] >= 0
-        if present.all():
-            return self
-        key = present.tobytes()
-        if key not in self._parts:
-            some = present.nonzero()[0].tolist()
-            own = [self._own[place] for place in some]
-            self._parts[key] = ShortSegments([self.indices[place] for place in some], own) if some else None
-        return self._parts[key]
-
     def forward(self, first: int, x_MI: Tensor, ys: Sequence[Tensor]) -> ShortLows:
         """Add scale * B A x to each y_MO, at neighbouring sites from `first` on; all segments have weights there."""
         lows = ShortLows(self, len(ys))
@@ -140,12 +120,13 @@ class ShortSegments:
         return lows
 
     def backward(
-        self, first: int, gradients: Sequence[Tensor], x_MI: Tensor, lows: ShortLows, g_MI: Tensor | None
-    ) -> list[Block | None]:
+        self, first: int, gradients: Sequence[Tensor], x_MI: Tensor, lows: GroupedLows, g_MI: Tensor | None
+    ) -> Sequence[Block | None]:
         """Add scale * g A to `g_MI` unless it is None, and the gradients of A and B to the segments' `grads`.
 
         Returns for each segment what is still to be added there, in the order of the stream.
         """
+        assert isinstance(lows, ShortLows)  # what `forward` returned
         count = len(gradients)
         g_lows = ShortLows(self, count)
         gs = [_Rows(self, g_MO) for g_MO in gradients]
@@ -266,23 +247,3 @@ class _Totals:
         for place, block in self._apart:
             addresses[place] = (block.a_SI if which == 0 else block.bt_ROs[which - 1]).data_ptr()
         return addresses
-
-
-def _runs(segments: Sequence[Segment]) -> list[slice]:
-    """Return the rows of segments, those of neighbours in one slice."""
-    runs: list[slice] = []
-    for segment in segments:
-        if runs and runs[-1].stop == segment.start:
-            runs[-1] = slice(runs[-1].start, segment.stop)
-        else:
-            runs.append(slice(segment.start, segment.stop))
-    return runs
-
-
-def stacked_offsets(offsets: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Return [segments, sites]; adapters without the last sites have -1 there."""
-    width = max(len(row) for row in offsets)
-    stack = np.full((len(offsets), width), -1, np.int64)
-    for row, own in zip(stack, offsets, strict=True):
-        row[: len(own)] = own
-    return stack

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from treadle_engine.cpu_kernels import LIKE, TILE, add_lora
 from treadle_engine.grouped_gemm import Addresses
+from treadle_engine.grouped_segments import stacked_offsets
 from treadle_engine.kernel_threads import share
 from treadle_engine.lora import AdapterWeights, Segment
-from treadle_engine.short_segments import stacked_offsets
 
 _BYTES: Final = 4
 # Rows of a product, so that threads can share a long segment.
