@@ -61,24 +61,24 @@ def pointer(_context: Any, _address: Any, like: Any) -> Any:
     return kind(types.int64, like), build
 
 
-def _wide(value: Any) -> Any:
+def wide(value: Any) -> Any:
     """Return a stored number as float32; for kernels."""
     raise NotImplementedError
 
 
-def _narrow(value: Any, like: Any) -> Any:
+def narrow(value: Any, like: Any) -> Any:
     """Return a float32 as an element of `like`, rounded to even; for kernels."""
     raise NotImplementedError
 
 
-@overload(_wide, strict=False)  # type: ignore[untyped-decorator]
+@overload(wide, strict=False)  # type: ignore[untyped-decorator]
 def _wide_overload(value: Any) -> Any:
     if value == types.uint16:
         return lambda value: np.uint32(np.uint32(value) << _HALF_WORD).view(np.float32)
     return lambda value: value
 
 
-@overload(_narrow, strict=False)  # type: ignore[untyped-decorator]
+@overload(narrow, strict=False)  # type: ignore[untyped-decorator]
 def _narrow_overload(value: Any, like: Any) -> Any:
     def half(value: Any, like: Any) -> Any:
         bits = np.float32(value).view(np.uint32)
@@ -87,6 +87,23 @@ def _narrow_overload(value: Any, like: Any) -> Any:
         return _QUIET if value != value else np.uint16(rounded >> _HALF_WORD)  # noqa: PLR0124
 
     return half if like.dtype == types.uint16 else lambda value, like: value
+
+
+@compiled(fastmath={"contract"}, error_model="numpy")
+def exponential(x: Any) -> Any:
+    """Return e^x of a float32, within its range; for kernels. What is no number gives one."""
+    # 2^n times a polynomial of what is left, |rest| <= ln 2 / 2 (Cody and Waite; Cephes' expf).
+    power = min(max(x, _LEAST), -_LEAST)
+    n = np.floor(power * _LOG2_E + np.float32(0.5))
+    rest = power - n * _LN2_HIGH - n * _LN2_LOW
+    p = np.float32(1.9875691500e-4)
+    p = p * rest + np.float32(1.3981999507e-3)
+    p = p * rest + np.float32(8.3334519073e-3)
+    p = p * rest + np.float32(4.1665795894e-2)
+    p = p * rest + np.float32(1.6666665459e-1)
+    p = p * rest + np.float32(5.0000001201e-1)
+    p = p * rest * rest + rest + _ONE
+    return p * np.int32(np.int32(np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @compiled(fastmath={"contract", "reassoc"})
@@ -152,7 +169,7 @@ def _add_rows(factors_TR: Array, w_RO: Array, begin: int, end: int, sum_TO: Arra
 def _add_scaled(x_O: Array, scale: Any, y_O: Array, like: Array) -> None:
     """Add scale x to y, rounding once."""
     for column in range(len(y_O)):
-        y_O[column] = _narrow(_wide(y_O[column]) + scale * x_O[column], like)
+        y_O[column] = narrow(wide(y_O[column]) + scale * x_O[column], like)
 
 
 @compiled(fastmath={"contract"})
@@ -188,7 +205,7 @@ def add_lora(
                 source = min(row, rows - 1) + first
                 values_I = numba.carray(pointer(x + like.itemsize * width * source, like), (width,))
                 for i in range(width):
-                    x_TI[row, i] = _wide(values_I[i])
+                    x_TI[row, i] = wide(values_I[i])
             _times_rows(x_TI, a_SI, low_TS)
             for site in range(len(outer)):
                 columns = outer[site]
@@ -208,18 +225,18 @@ def add_lora(
 def _normalise_row(x_D: Array, weight_D: Array, epsilon: Any, y_D: Array, like: Array) -> None:
     squares = _ZERO
     for i in range(len(x_D)):
-        x = _wide(x_D[i])
+        x = wide(x_D[i])
         squares += x * x
     factor = _ONE / np.sqrt(squares / np.float32(len(x_D)) + epsilon)
     for i in range(len(x_D)):
         # Rounded before and after the weight, as modules of transformers do.
-        y_D[i] = _narrow(_wide(_narrow(_wide(x_D[i]) * factor, like)) * _wide(weight_D[i]), like)
+        y_D[i] = narrow(wide(narrow(wide(x_D[i]) * factor, like)) * wide(weight_D[i]), like)
 
 
 @compiled(fastmath={"contract"})
 def _add_row(x_D: Array, z_D: Array, like: Array) -> None:
     for i in range(len(x_D)):
-        x_D[i] = _narrow(_wide(x_D[i]) + _wide(z_D[i]), like)
+        x_D[i] = narrow(wide(x_D[i]) + wide(z_D[i]), like)
 
 
 @compiled(fastmath={"contract"})
@@ -238,9 +255,9 @@ def normalise(like: Array, x: int, z: int, rows: int, width: int, weight: int, e
 def _rotate_head(near_d: Array, far_d: Array, cosine_d: Array, sine_d: Array, like: Array) -> None:
     half = len(near_d)
     for i in range(half):
-        near, far = _wide(near_d[i]), _wide(far_d[i])
-        near_d[i] = _narrow(near * _wide(cosine_d[i]) - far * _wide(sine_d[i]), like)
-        far_d[i] = _narrow(far * _wide(cosine_d[half + i]) + near * _wide(sine_d[half + i]), like)
+        near, far = wide(near_d[i]), wide(far_d[i])
+        near_d[i] = narrow(near * wide(cosine_d[i]) - far * wide(sine_d[i]), like)
+        far_d[i] = narrow(far * wide(cosine_d[half + i]) + near * wide(sine_d[half + i]), like)
 
 
 @compiled(fastmath={"contract"})
@@ -263,17 +280,5 @@ def gate(like: Array, x: int, up: int, count: int) -> None:
     x_F = numba.carray(pointer(x, like), (count,))
     up_F = numba.carray(pointer(up, like), (count,))
     for i in range(count):
-        value = _wide(x_F[i])
-        # e^-x = 2^n times a polynomial of what is left, |rest| <= ln 2 / 2 (Cody and Waite; Cephes' expf).
-        power = min(max(-value, _LEAST), -_LEAST)
-        n = np.floor(power * _LOG2_E + np.float32(0.5))
-        rest = power - n * _LN2_HIGH - n * _LN2_LOW
-        p = np.float32(1.9875691500e-4)
-        p = p * rest + np.float32(1.3981999507e-3)
-        p = p * rest + np.float32(8.3334519073e-3)
-        p = p * rest + np.float32(4.1665795894e-2)
-        p = p * rest + np.float32(1.6666665459e-1)
-        p = p * rest + np.float32(5.0000001201e-1)
-        p = p * rest * rest + rest + _ONE
-        exponential = p * np.int32(np.int32(np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-        x_F[i] = _narrow(value / (_ONE + exponential) * _wide(up_F[i]), like)
+        value = wide(x_F[i])
+        x_F[i] = narrow(value / (_ONE + exponential(-value)) * wide(up_F[i]), like)

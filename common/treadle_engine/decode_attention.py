@@ -14,7 +14,7 @@ fused kernel does the work.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle_engine.attention import PackedCausal
+from treadle_engine.half_decoding import HalfDecoding, serves
 from treadle_engine.kv_cache import Slab, Slot, TextCache, capacity_for
 
 
@@ -174,22 +175,25 @@ class DecodeAttention:
         device: torch.device,
     ) -> None:
         """Plan; `slots` are in row order and live in `slabs`, `heads` are those of queries and those of keys."""
-        self._parts = parts
         self._least = block_rows if device.type == "cpu" else 1
-        self._part_rows: list[_PartRows] = []
         self._packed: list[tuple[slice, PackedCausal]] = []
+        self._packed_parts: list[tuple[TextPart, int]] = []
+        self._others: list[tuple[TextPart, int]] = []
         row = 0
         for part in parts:
             if part.packed:
                 self._packed.append((slice(row, row + part.count), PackedCausal([part.count], device)))
-                row += part.count
-                continue
-            place, end = part.cache.length, part.cache.length + part.count
-            while place < end:
-                stop = min(end, capacity_for(place + 1))
-                self._part_rows.append(_PartRows(part, place, stop, row, device))
-                row += stop - place
-                place = stop
+            (self._packed_parts if part.packed else self._others).append((part, row))
+            row += part.count
+        self._half: HalfDecoding | None = None
+        self._part_rows: list[_PartRows] = []
+        self._decoding: _Decoding | None = None
+        kv = self._others[0][0].cache.kv_Y2GCd if self._others else slots[0].slab.kv_Y2SGCd if slots else None
+        if kv is not None and serves(kv):
+            self._half = HalfDecoding([(part.cache, start, part.count) for part, start in self._others], slots, row)
+            return
+        for part, start in self._others:
+            self._part_rows += _part_rows(part, start, device)
         self._decoding = _Decoding(slots, slabs, row, heads, self._least, device) if slots else None
 
     def attend(
@@ -197,22 +201,36 @@ class DecodeAttention:
     ) -> Tensor:
         """Fill the caches of this layer and return o_THd."""
         o_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
-        self._fill(layer, k_TGd, v_TGd)
+        _fill(self._packed_parts, layer, k_TGd, v_TGd)
         for cut, packed in self._packed:
             o_THd[cut] = packed.attend(layer, q_THd[cut], k_TGd[cut], v_TGd[cut], scale, window)
+        if self._half is not None:
+            self._half.attend(layer, q_THd, k_TGd, v_TGd, o_THd, scale, window)
+            return o_THd
+        _fill(self._others, layer, k_TGd, v_TGd)
         for rows in self._part_rows:
             rows.attend(layer, q_THd, o_THd, scale, window, self._least)
         if self._decoding is not None:
             self._decoding.attend(layer, (q_THd, k_TGd, v_TGd), o_THd, scale, window)
         return o_THd
 
-    def _fill(self, layer: int, k_TGd: Tensor, v_TGd: Tensor) -> None:
-        start = 0
-        for part in self._parts:
-            rows, places = slice(start, start + part.count), slice(part.cache.length, part.cache.length + part.count)
-            part.cache.kv_Y2GCd[layer, 0, :, places] = k_TGd[rows].transpose(0, 1)
-            part.cache.kv_Y2GCd[layer, 1, :, places] = v_TGd[rows].transpose(0, 1)
-            start = rows.stop
+
+def _part_rows(part: TextPart, row: int, device: torch.device) -> Iterator[_PartRows]:
+    """Yield the rows of a part, which begins at `row`, by the capacity that they attend over."""
+    place, end = part.cache.length, part.cache.length + part.count
+    while place < end:
+        stop = min(end, capacity_for(place + 1))
+        yield _PartRows(part, place, stop, row, device)
+        row += stop - place
+        place = stop
+
+
+def _fill(parts: Sequence[tuple[TextPart, int]], layer: int, k_TGd: Tensor, v_TGd: Tensor) -> None:
+    """Append keys and values to the caches of parts, which are given with their first rows."""
+    for part, start in parts:
+        rows, places = slice(start, start + part.count), slice(part.cache.length, part.cache.length + part.count)
+        part.cache.kv_Y2GCd[layer, 0, :, places] = k_TGd[rows].transpose(0, 1)
+        part.cache.kv_Y2GCd[layer, 1, :, places] = v_TGd[rows].transpose(0, 1)
 
 
 def _attend(

@@ -21,6 +21,8 @@ from treadle_engine.adapter_slots import AdapterSlots, StepAdapters
 from treadle_engine.attention import AttentionPlan
 from treadle_engine.base_model import ROW_MULTIPLE, BaseInfo, BaseModel
 from treadle_engine.decode_lean import DecodeLean, compile_kernels
+from treadle_engine.half_decoding import prepare_attention
+from treadle_engine.half_segments import prepare_products
 from treadle_engine.lora import Lows, Segment, SegmentedLinear, Segments
 from treadle_engine.shards import Shard
 from treadle_engine.step_lora import Scratch, StepLora, compile_kernel
@@ -94,6 +96,8 @@ class DecodeBase(BaseModel):
         """Compile the kernels of this base's steps, or load them from disk: else the first request waits for it."""
         if self.device.type == "cpu":
             compile_kernel(self.dtype)
+        prepare_attention(self.dtype, self.device)
+        prepare_products(self.dtype, self.device)
         if isinstance(self.lean, DecodeLean):
             compile_kernels(self.dtype)
 
