@@ -20,8 +20,12 @@ import numpy as np
 import torch
 from numba import types
 from numba.extending import intrinsic, overload
+from numpy.typing import NDArray
 
-LIKE: Final = {torch.float32: np.empty(0, np.float32), torch.bfloat16: np.empty(0, np.uint16)}
+LIKE: Final[dict[torch.dtype, NDArray[Any]]] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.bfloat16: np.empty(0, np.uint16),
+}
 """What stands for a dtype in a kernel's arguments: an empty array of what its elements are stored as."""
 
 TILE: Final = 4

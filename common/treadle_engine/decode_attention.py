@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treadle_engine.attention import PackedCausal
-from treadle_engine.half_decoding import HalfDecoding, serves
+from treadle_engine.kernel_attention import KernelAttention, serves
 from treadle_engine.kv_cache import Slab, Slot, TextCache, capacity_for
 
 
@@ -185,12 +185,14 @@ class DecodeAttention:
                 self._packed.append((slice(row, row + part.count), PackedCausal([part.count], device)))
             (self._packed_parts if part.packed else self._others).append((part, row))
             row += part.count
-        self._half: HalfDecoding | None = None
+        self._kernel: KernelAttention | None = None
         self._part_rows: list[_PartRows] = []
         self._decoding: _Decoding | None = None
         kv = self._others[0][0].cache.kv_Y2GCd if self._others else slots[0].slab.kv_Y2SGCd if slots else None
         if kv is not None and serves(kv):
-            self._half = HalfDecoding([(part.cache, start, part.count) for part, start in self._others], slots, row)
+            self._kernel = KernelAttention(
+                [(part.cache, start, part.count) for part, start in self._others], slots, row
+            )
             return
         for part, start in self._others:
             self._part_rows += _part_rows(part, start, device)
@@ -204,8 +206,8 @@ class DecodeAttention:
         _fill(self._packed_parts, layer, k_TGd, v_TGd)
         for cut, packed in self._packed:
             o_THd[cut] = packed.attend(layer, q_THd[cut], k_TGd[cut], v_TGd[cut], scale, window)
-        if self._half is not None:
-            self._half.attend(layer, q_THd, k_TGd, v_TGd, o_THd, scale, window)
+        if self._kernel is not None:
+            self._kernel.attend(layer, q_THd, k_TGd, v_TGd, o_THd, scale, window)
             return o_THd
         _fill(self._others, layer, k_TGd, v_TGd)
         for rows in self._part_rows:

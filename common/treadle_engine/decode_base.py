@@ -21,8 +21,8 @@ from treadle_engine.adapter_slots import AdapterSlots, StepAdapters
 from treadle_engine.attention import AttentionPlan
 from treadle_engine.base_model import ROW_MULTIPLE, BaseInfo, BaseModel
 from treadle_engine.decode_lean import DecodeLean, compile_kernels
-from treadle_engine.half_decoding import prepare_attention
 from treadle_engine.half_segments import prepare_products
+from treadle_engine.kernel_attention import prepare_attention
 from treadle_engine.lora import Lows, Segment, SegmentedLinear, Segments
 from treadle_engine.shards import Shard
 from treadle_engine.step_lora import Scratch, StepLora, compile_kernel

@@ -1,7 +1,7 @@
 """LoRA's products in bfloat16 on a CPU that multiplies pairs of them.
 
 A library packs a product's operands anew in every call, which for a thin one takes longer than to multiply; here they
-are read where they lie (`half_tiles.py`). A row's bits do not depend on its company. Knows addresses and sizes alone;
+are read where they lie (`tiles.py`). A row's bits do not depend on its company. Knows addresses and sizes alone;
 widths are multiples of `WIDTH`.
 """
 
@@ -18,7 +18,7 @@ import numba
 import numpy as np
 
 from treadle_engine.cpu_kernels import compiled, pointer
-from treadle_engine.half_tiles import WIDTH, combiner, dotter
+from treadle_engine.tiles import WIDTH, combiner, dotter
 
 MOST_ROWS: Final = 64
 """Rows of a piece of work: even, and a multiple of a tile's."""
@@ -27,7 +27,7 @@ _ONE_WORD = np.zeros(1, np.uint32)
 
 Array = Any  # numpy arrays; Numba types them by what they are called with
 
-_dots = dotter(half=True)
+_dots = dotter(half=True, rounded=True)
 _half8, _half4, _half1 = (combiner(rows, half=True) for rows in (8, 4, 1))
 _float8, _float4, _float1 = (combiner(rows, half=False) for rows in (8, 4, 1))
 

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from treadle_engine import half_kernels, half_tiles
+from treadle_engine import half_kernels, tiles
 from treadle_engine.grouped_gemm import Addresses
 from treadle_engine.grouped_segments import GroupedLows, GroupedSegments
 from treadle_engine.half_kernels import MOST_ROWS
-from treadle_engine.half_tiles import WIDTH
 from treadle_engine.kernel_threads import share, share_rows
 from treadle_engine.lora_products import Block
+from treadle_engine.tiles import WIDTH
 
 if TYPE_CHECKING:
     from treadle_engine.lora import LoraSite, Segment
@@ -43,14 +43,14 @@ _SPARE: Final = 4
 
 def prepare_products(dtype: torch.dtype, device: torch.device) -> None:
     """Have the kernels compiled, where a base in `dtype` has its products computed by them."""
-    if dtype == torch.bfloat16 and device.type == "cpu" and half_tiles.available():
+    if dtype == torch.bfloat16 and device.type == "cpu" and tiles.multiplies_halves():
         half_kernels.compile_kernels()
 
 
 def half_segments(segments: Sequence[Segment]) -> HalfSegments | None:
     """Return the segments with weights, None if there are none or the machine has no instructions for them."""
     own = [index for index, one in enumerate(segments) if one.weights is not None and one.start < one.stop]
-    return HalfSegments.of(own, [segments[index] for index in own]) if own and half_tiles.available() else None
+    return HalfSegments.of(own, [segments[index] for index in own]) if own and tiles.multiplies_halves() else None
 
 
 class HalfLows(GroupedLows):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.engine.builders import make_batch, make_state
-from treadle_engine import grouped_gemm, half_tiles
+from treadle_engine import grouped_gemm, tiles
 from treadle_engine.base_model import BaseModel
 from treadle_engine.grouped_gemm import ALIGNED_VALUES, Products
 from treadle_engine.losses import LossSpec
@@ -198,10 +198,10 @@ def test_bits_are_those_alone_either_way(
     """Runs of short and long chunks, two each so that gradients are added up, in any order: the bits of each alone."""
     if way == "grouped" and not grouped_gemm.available():
         pytest.skip("torch brings no grouped product here")
-    if way == "in halves" and not (half_tiles.available() and name.endswith("bfloat16")):
+    if way == "in halves" and not (tiles.multiplies_halves() and name.endswith("bfloat16")):
         pytest.skip("nothing is multiplied in halves here")
     if way != "in halves":
-        monkeypatch.setattr(half_tiles, "available", lambda: False)
+        monkeypatch.setattr(tiles, "multiplies_halves", lambda: False)
     if way == "one by one":
         monkeypatch.setattr("treadle_engine.short_segments.available", lambda: False)
     base = pip if name == "pip" else BaseModel.load(str(random_folder("llama")), dtype="bfloat16")

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from treadle_engine import half_tiles
+from treadle_engine import tiles
 from treadle_engine.half_segments import half_segments
 from treadle_engine.lora import AdapterWeights, LoraConfig, LoraSite, Segment, SegmentedLinear, Segments
 
-pytestmark = pytest.mark.skipif(not half_tiles.available(), reason="this CPU does not multiply pairs of bfloat16")
+pytestmark = pytest.mark.skipif(not tiles.multiplies_halves(), reason="this CPU does not multiply pairs of bfloat16")
 
 INNER, OUTER = 96, (64, 32, 160)
 """Features of an input, and of the three linears that read it."""

@@ -1,8 +1,9 @@
-"""Attention of a decoding step in bfloat16 on a CPU that multiplies pairs of them, compiled by Numba.
+"""Attention of a decoding step on a CPU with wide vectors, compiled by Numba; in bfloat16 or float32.
 
 A row attends to the positions before it where their keys and values lie: no masks, nothing padded, nothing copied. Its
 bits follow from its own query, keys and values alone, however many rows are computed together. Scores and softmax are
-in float32; probabilities are rounded once. Knows addresses and sizes alone; heads are multiples of `WIDTH` wide.
+in float32; probabilities are rounded once, if at all. Knows addresses and sizes alone; heads are multiples of `WIDTH`
+wide.
 """
 
 # Shape suffix legend
@@ -14,19 +15,70 @@ from typing import Any, Final
 
 import numba
 import numpy as np
+import torch
+from numba import types
+from numba.extending import overload
 
-from treadle_engine.cpu_kernels import compiled, exponential, narrow, pointer
-from treadle_engine.half_tiles import WIDTH, combiner, dotter
+from treadle_engine.cpu_kernels import LIKE, compiled, exponential, narrow, pointer
+from treadle_engine.tiles import WIDTH, combiner, dotter, float_combiner
 
 TILE: Final = 8
 """Query rows of a tile; fewer go in one of four."""
 
-_HALF, _ZERO, _ONE = np.zeros(1, np.uint16), np.float32(0.0), np.float32(1.0)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_VECTOR_BYTES: Final = 64
 
 Array = Any  # numpy arrays; Numba types them by what they are called with
 
-_dots = dotter(half=False)
+_dots_halves, _dots_floats = dotter(half=True), dotter(half=False)
 _half8, _half4 = (combiner(rows, half=True) for rows in (8, 4))
+_float8, _float4 = (float_combiner(rows) for rows in (8, 4))
+
+
+def _dots(
+    like: Array, q0: int, q1: int, q2: int, q3: int, k0: int, k1: int, k2: int, k3: int, blocks: int, to: int, row: int
+) -> None:
+    """Write the products of four queries with four keys; for kernels."""
+    raise NotImplementedError
+
+
+def _combine(like: Array, count: int, p: int, p_row: int, v: int, v_row: int, depth: int, to: int, to_row: int) -> None:
+    """Add the values by the probabilities of eight or four rows; for kernels."""
+    raise NotImplementedError
+
+
+@overload(_dots, strict=False)  # type: ignore[untyped-decorator]
+def _dots_overload(
+    like: Any, q0: Any, q1: Any, q2: Any, q3: Any, k0: Any, k1: Any, k2: Any, k3: Any, blocks: Any, to: Any, row: Any
+) -> Any:
+    dots = _dots_halves if like.dtype == types.uint16 else _dots_floats
+
+    def write(
+        like: Any, q0: Any, q1: Any, q2: Any, q3: Any, k0: Any, k1: Any, k2: Any, k3: Any, blocks: Any, to: Any,
+        row: Any,
+    ) -> None:  # fmt: skip
+        dots(q0, q1, q2, q3, k0, k1, k2, k3, blocks, to, row)
+
+    return write
+
+
+@overload(_combine, strict=False)  # type: ignore[untyped-decorator]
+def _combine_overload(
+    like: Any, count: Any, p: Any, p_row: Any, v: Any, v_row: Any, depth: Any, to: Any, to_row: Any
+) -> Any:
+    def halves(like: Any, count: Any, p: Any, p_row: Any, v: Any, v_row: Any, depth: Any, to: Any, to_row: Any) -> None:
+        if count > 4:
+            _half8(p, p_row, 4, v, v_row, depth, to, to_row, _ONE)
+        else:
+            _half4(p, p_row, 4, v, v_row, depth, to, to_row, _ONE)
+
+    def floats(like: Any, count: Any, p: Any, p_row: Any, v: Any, v_row: Any, depth: Any, to: Any, to_row: Any) -> None:
+        if count > 4:
+            _float8(p, p_row, v, v_row, depth, to, to_row)
+        else:
+            _float4(p, p_row, v, v_row, depth, to, to_row)
+
+    return halves if like.dtype == types.uint16 else floats
 
 
 @compiled(fastmath={"contract"}, error_model="numpy")
@@ -55,15 +107,15 @@ def _largest(value_C: Array) -> Any:
 
 
 @compiled()
-def _rounded(value_C: Array, factor: Any, half_C: Array) -> None:
-    """Write factor * value in bfloat16; what is no number stays none."""
+def _scaled(value_C: Array, factor: Any, to_C: Array) -> None:
+    """Write factor * value, rounded to what it is written to."""
     for i in range(len(value_C)):
-        half_C[i] = narrow(value_C[i] * factor, _HALF)
+        to_C[i] = narrow(value_C[i] * factor, to_C)
 
 
 @compiled()
-def _copy(source: int, to: int, count: int) -> None:
-    source_C, to_C = numba.carray(pointer(source, _HALF), (count,)), numba.carray(pointer(to, _HALF), (count,))
+def _copy(like: Array, source: int, to: int, count: int) -> None:
+    source_C, to_C = numba.carray(pointer(source, like), (count,)), numba.carray(pointer(to, like), (count,))
     for i in range(count):
         to_C[i] = source_C[i]
 
@@ -74,7 +126,7 @@ def _tile(
     score_QC: Array, prob_QC: Array, out_Qd: Array,
 ) -> None:  # fmt: skip
     """Attend with `count` of up to eight queries (addresses; those behind repeat the last) from position `first` on."""
-    row = 2 * width
+    row = prob_QC.itemsize * width
     score, score_row = score_QC.ctypes.data, 4 * score_QC.shape[1]
     span = longest - first
     for q in range(0, TILE if count > 4 else 4, 4):
@@ -82,29 +134,29 @@ def _tile(
         for c in range(0, span, 4):
             k0, k1 = k + (first + c) * row, k + min(first + c + 1, longest - 1) * row
             k2, k3 = k + min(first + c + 2, longest - 1) * row, k + min(first + c + 3, longest - 1) * row
-            _dots(q0, q1, q2, q3, k0, k1, k2, k3, width // WIDTH, score + q * score_row + 4 * c, score_row)
+            _dots(
+                prob_QC, q0, q1, q2, q3, k0, k1, k2, k3, row // _VECTOR_BYTES, score + q * score_row + 4 * c, score_row
+            )
     for q in range(count):
         # Of a window's first pair, one may be out of sight.
         begin, end = lengths[q, 0] - first, lengths[q, 1] - first
         seen_C = score_QC[q, begin:end]
         _exponentials(seen_C, _largest(seen_C), scale)
         prob_QC[q, :begin] = 0
-        _rounded(seen_C, _ONE / _total(seen_C), prob_QC[q, begin:end])
+        _scaled(seen_C, _ONE / _total(seen_C), prob_QC[q, begin:end])
         # An odd number's last is paired with nothing, whose factor must be a number all the same.
         prob_QC[q, end : span + 1] = 0
     out_Qd[:] = 0
-    prob, prob_row, out = prob_QC.ctypes.data, 2 * prob_QC.shape[1], out_Qd.ctypes.data
-    for column in range(0, row, 2 * WIDTH):
-        if count > 4:
-            _half8(prob, prob_row, 4, v + first * row + column, row, span, out + column, row, _ONE)
-        else:
-            _half4(prob, prob_row, 4, v + first * row + column, row, span, out + column, row, _ONE)
+    prob, prob_row, out = prob_QC.ctypes.data, prob_QC.itemsize * prob_QC.shape[1], out_Qd.ctypes.data
+    step = prob_QC.itemsize * WIDTH
+    for column in range(0, row, step):
+        _combine(prob_QC, count, prob, prob_row, v + first * row + column, row, span, out + column, row)
 
 
 @compiled()
-def append(tasks: Array, caches: Array, layer: int, groups: int, width: int, streams: Array) -> None:
+def append(like: Array, tasks: Array, caches: Array, layer: int, groups: int, width: int, streams: Array) -> None:
     """Append the keys and values of each task's rows to its cache; all is as in `attend`."""
-    row = 2 * width
+    row = like.itemsize * width
     for task in range(len(tasks)):
         start, rows, position = tasks[task]
         for which in range(2):
@@ -112,12 +164,12 @@ def append(tasks: Array, caches: Array, layer: int, groups: int, width: int, str
             for group in range(groups):
                 to = caches[task, 0] + layer * caches[task, 1] + which * caches[task, 2] + group * caches[task, 3]
                 for u in range(rows):
-                    _copy(source + (start + u) * source_row + group * row, to + (position + u) * row, width)
+                    _copy(like, source + (start + u) * source_row + group * row, to + (position + u) * row, width)
 
 
 @compiled()
 def attend(
-    tasks: Array, caches: Array, layer: int, heads: int, groups: int, width: int, window: int, scale: Any,
+    like: Array, tasks: Array, caches: Array, layer: int, heads: int, groups: int, width: int, window: int, scale: Any,
     streams: Array, score_QC: Array, prob_QC: Array, out_Qd: Array,
 ) -> None:  # fmt: skip
     """Write what the queries of each task's rows attend to, their own position included.
@@ -125,7 +177,7 @@ def attend(
     A task is (first row, rows, position of the first), its cache (address, bytes from layer to layer, from keys to
     values, from head to head); streams q, k, v and o are (address, bytes from row to row). No window if it is 0.
     """
-    shared, row = heads // groups, 2 * width
+    shared, row = heads // groups, like.itemsize * width
     queries, places, lengths = np.empty(TILE, np.int64), np.empty(TILE, np.int64), np.empty((TILE, 2), np.int64)
     for task in range(len(tasks)):
         start, rows, position = tasks[task]
@@ -146,12 +198,13 @@ def attend(
                 first = lengths[0, 0] // 2 * 2
                 _tile(queries, count, lengths, first, longest, k, v, width, scale, score_QC, prob_QC, out_Qd)
                 for q in range(count):
-                    _copy(out_Qd[q].ctypes.data, places[q], width)
+                    _copy(like, out_Qd[q].ctypes.data, places[q], width)
 
 
-def compile_kernels() -> None:
-    """Compile the kernels, or load them from disk."""
+def compile_kernels(dtype: torch.dtype) -> None:
+    """Compile the kernels for a base of float32 or bfloat16, or load them from disk."""
     tasks, caches, streams = np.empty((0, 3), np.int64), np.empty((0, 4), np.int64), np.empty((4, 2), np.int64)
-    halves = np.empty((TILE, WIDTH), np.uint16)
-    append(tasks, caches, 0, 1, WIDTH, streams)
-    attend(tasks, caches, 0, 1, 1, WIDTH, 0, _ONE, streams, np.empty((TILE, WIDTH), np.float32), halves, halves)
+    like = LIKE[dtype]
+    rows = np.empty((TILE, WIDTH), like.dtype)
+    append(like, tasks, caches, 0, 1, WIDTH, streams)
+    attend(like, tasks, caches, 0, 1, 1, WIDTH, 0, _ONE, streams, np.empty((TILE, WIDTH), np.float32), rows, rows)

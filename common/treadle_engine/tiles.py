@@ -1,7 +1,8 @@
-"""Tiles of products in bfloat16 for a CPU that multiplies pairs of them (AVX512-BF16), written as instructions.
+"""Tiles of products for a CPU with wide vectors, written as instructions: of bfloat16 (AVX512-BF16), and of float32.
 
 Numba, which compiles the loops around them, knows no vectors. Operands are read where they lie. Sums are in float32,
-over pairs that a number's own row or column fixes, and rounded once. Knows addresses alone.
+in an order that a number's own row or column fixes; of bfloat16 pairs are multiplied, and a sum is rounded once. Knows
+addresses alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ WIDTH: Final = 32
 
 _HALF, _WORD, _LONG, _FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _HALVES, _WORDS, _FLOATS = ir.VectorType(_HALF, WIDTH), ir.VectorType(_WORD, WIDTH // 2), ir.VectorType(_FLOAT, 16)
-_NEEDED: Final = ("avx512bf16", "avx512bw", "avx512vl")
+_NEEDED: Final = {True: ("avx512bf16", "avx512bw", "avx512vl"), False: ("avx2", "fma")}
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -49,11 +50,20 @@ _SECOND: Final = [lane + 4 for lane in _FIRST]
 _ORDER: Final = [column // 8 * 4 + column % 4 + column % 8 // 4 * 16 for column in range(WIDTH)]
 
 
-@lru_cache(maxsize=1)
-def available() -> bool:
-    """Tell whether this machine has the instructions."""
+def multiplies_halves() -> bool:
+    """Tell whether this machine has the instructions for bfloat16."""
+    return _has(half=True)
+
+
+def multiplies_floats() -> bool:
+    """Tell whether this machine has the instructions for float32."""
+    return _has(half=False)
+
+
+@lru_cache(maxsize=2)
+def _has(*, half: bool) -> bool:
     features = llvmlite.binding.get_host_cpu_features()
-    return all(features.get(name, False) for name in _NEEDED)
+    return all(features.get(name, False) for name in _NEEDED[half])
 
 
 class _Tile:
@@ -77,8 +87,8 @@ class _Tile:
     def store(self, value: Any, address: Any) -> None:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=2)
 
-    def load_halves(self, address: Any) -> Any:
-        return self.builder.bitcast(self.load(address, _HALVES), _BFLOATS)
+    def load_vector(self, address: Any, *, half: bool) -> Any:
+        return self.builder.bitcast(self.load(address, _HALVES), _BFLOATS) if half else self.load(address, _FLOATS)
 
     def pick(self, a: Any, b: Any, lanes: Sequence[int]) -> Any:
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_WORD, len(lanes)), list(lanes)))
@@ -94,6 +104,12 @@ class _Tile:
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         self.builder.store(self.builder.call(function, [self.builder.load(place), a, b]), place)
+
+    def add_product(self, place: Any, a: Any, b: Any) -> None:
+        """Add the products of float32 numbers to a sum."""
+        kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.fma.v16f32")
+        self.builder.store(self.builder.call(function, [a, b, self.builder.load(place)]), place)
 
     def plus(self, address: Any, amount: int) -> Any:
         return self.builder.add(address, ir.Constant(_LONG, amount))
@@ -157,15 +173,50 @@ def _add_half(tile: _Tile, to: Any, none: Any, first: Any, second: Any) -> None:
     tile.store(builder.bitcast(rounded, _HALVES), to)
 
 
-def dotter(*, half: bool) -> Any:
-    """Return what writes the products of four rows with four others, in bfloat16 (`half`) or float32."""
+def float_combiner(rows: int) -> Any:
+    """Return what adds P V to `rows` rows and `WIDTH` columns, all float32."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def combine(_context: Any, p: Any, p_row: Any, v: Any, v_row: Any, depth: Any, to: Any, to_row: Any) -> Any:
+        """V has `depth` rows. All are addresses, or bytes from row to row."""
+
+        def build(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            p, p_row, v, v_row, depth, to, to_row = arguments
+            tile = _Tile(builder)
+            sums = tile.sums(2 * rows)
+            with cgutils.for_range(builder, depth) as loop:
+                above = builder.add(v, builder.mul(loop.index, v_row))
+                values = [tile.load(tile.plus(above, 64 * part), _FLOATS) for part in range(2)]
+                at = builder.add(p, builder.shl(loop.index, ir.Constant(_LONG, 2)))
+                for row in range(rows):
+                    factor = tile.spread(tile.load(at, _FLOAT), _FLOATS)
+                    for part in range(2):
+                        tile.add_product(sums[2 * row + part], factor, values[part])
+                    at = builder.add(at, p_row)
+            for row in range(rows):
+                for part in range(2):
+                    at = tile.plus(to, 64 * part)
+                    tile.store(builder.fadd(tile.load(at, _FLOATS), builder.load(sums[2 * row + part])), at)
+                to = builder.add(to, to_row)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), build
+
+    return combine
+
+
+def dotter(*, half: bool, rounded: bool = False) -> Any:
+    """Return what writes the products of four rows with four others, of bfloat16 (`half`) or float32.
+
+    They are float32, or `rounded` to bfloat16.
+    """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def dots(
         _context: Any, x0: Any, x1: Any, x2: Any, x3: Any, w0: Any, w1: Any, w2: Any, w3: Any, blocks: Any, to: Any,
         to_row: Any,
     ) -> Any:  # fmt: skip
-        """All are addresses of rows, `blocks` vectors long."""
+        """All are addresses of rows, `blocks` vectors of 64 bytes long."""
 
         def build(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             rows, others, (blocks, to, to_row) = arguments[:4], arguments[4:8], arguments[8:]
@@ -173,14 +224,16 @@ def dotter(*, half: bool) -> Any:
             sums = tile.sums(16)
             with cgutils.for_range(builder, blocks) as loop:
                 offset = builder.shl(loop.index, ir.Constant(_LONG, 6))
-                left = [tile.load_halves(builder.add(row, offset)) for row in rows]
+                left = [tile.load_vector(builder.add(row, offset), half=half) for row in rows]
                 for column, other in enumerate(others):
-                    right = tile.load_halves(builder.add(other, offset))
+                    right = tile.load_vector(builder.add(other, offset), half=half)
                     for row in range(4):
-                        tile.add_pairs(sums[4 * row + column], left[row], right)
+                        (tile.add_pairs if half else tile.add_product)(sums[4 * row + column], left[row], right)
             for row in range(4):
                 four = _across(tile, [builder.load(place) for place in sums[4 * row : 4 * row + 4]])
-                tile.store(builder.bitcast(builder.fptrunc(four, _FOUR_BFLOATS), _FOUR_HALVES) if half else four, to)
+                if rounded:
+                    four = builder.bitcast(builder.fptrunc(four, _FOUR_BFLOATS), _FOUR_HALVES)
+                tile.store(four, to)
                 to = builder.add(to, to_row)
             return context.get_dummy_value()
 
