@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from treadle_engine import tiles
 from treadle_engine.bases import PIP_NAME, pip_folder
 from treadle_engine.decode import Decoder
 from treadle_engine.decode_base import DecodeBase
@@ -67,3 +68,9 @@ def decoder(base: DecodeBase, detokenize: Detokenize) -> Decoder:
 def make_prompt(length: int, seed: int = 0) -> npt.NDArray[np.int32]:
     """Return random ordinary tokens of Pip."""
     return np.random.default_rng([seed, length]).integers(3, 1024, size=length, dtype=np.int32)
+
+
+def take_kernels_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go on as on a machine without the instructions that tiles are made of."""
+    for name in ("multiplies_halves", "multiplies_floats"):
+        monkeypatch.setattr(tiles, name, lambda: False)

@@ -157,14 +157,15 @@ def test_later_parts_attend_to_earlier_ones(
         assert outcome.tokens[0] == generate(hub_model, prompt, 40)
 
 
-def test_windowed_attention_equals_transformers(tmp_path: Path) -> None:
-    """A base whose layers see a sliding window decodes as transformers does."""
+@pytest.mark.parametrize("heads", [4, 2])
+def test_windowed_attention_equals_transformers(tmp_path: Path, heads: int) -> None:
+    """A base whose layers see a sliding window decodes as transformers does; only two heads are as wide as a vector."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, use_sliding_window=True, sliding_window=8,
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=heads,
+        num_key_value_heads=heads // 2, max_position_embeddings=256, use_sliding_window=True, sliding_window=8,
         max_window_layers=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(tmp_path)

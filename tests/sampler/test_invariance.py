@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.sampler.conftest import make_prompt
+from tests.sampler.conftest import make_prompt, take_kernels_away
 from tests.sampler.driving import Outcome, run
 from treadle_engine.bases import pip_folder
 from treadle_engine.decode import Decoder
@@ -44,10 +44,23 @@ def assert_same_bits(left: Outcome, right: Outcome) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantize"), [("float32", "none"), ("bfloat16", "none"), ("float32", "int8"), ("float32", "nf4")]
+    ("dtype", "quantize", "kernels"),
+    [
+        ("float32", "none", True),
+        ("bfloat16", "none", True),
+        ("float32", "int8", True),
+        ("float32", "nf4", True),
+        ("float32", "none", False),
+        ("bfloat16", "none", False),
+    ],
 )
-def test_company_changes_no_bit(dtype: str, quantize: str) -> None:
-    """Each request alone, all at once, and joining at odd moments in another order: the same bits."""
+def test_company_changes_no_bit(dtype: str, quantize: str, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request alone, all at once, and joining at odd moments in another order: the same bits.
+
+    Without kernels: as on a machine that does not have their instructions.
+    """
+    if not kernels:
+        take_kernels_away(monkeypatch)
     base = DecodeBase.load(str(pip_folder()), dtype=dtype, quantize=quantize)
     base.prepack()
     adapters = []

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.sampler.conftest import take_kernels_away
 from treadle_engine import tiles
 from treadle_engine.decode_attention import DecodeAttention, TextPart
 from treadle_engine.kernel_attention import serves
@@ -155,8 +156,7 @@ def test_products_of_torch_give_the_same_up_to_rounding(dtype: torch.dtype, monk
     """As on a machine without the instructions."""
     (qkv_3LHd,) = texts([90], 6, dtype)
     found, _, _ = read_all(qkv_3LHd, 2, [50, 33])
-    for name in ("multiplies_halves", "multiplies_floats"):
-        monkeypatch.setattr(tiles, name, lambda: False)
+    take_kernels_away(monkeypatch)
     other, _, _ = read_all(qkv_3LHd, 2, [50, 33])
     assert not torch.equal(found, other)
     assert (found - other).abs().amax() < (2**-7 if dtype == torch.bfloat16 else 1e-6) * found.abs().amax()
