@@ -94,16 +94,17 @@ class DecodeBase(BaseModel):
 
     def compile(self) -> None:
         """Compile the kernels of this base's steps, or load them from disk: else the first request waits for it."""
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not prepare_products(self.dtype, self.device, self.sites):
             compile_kernel(self.dtype)
         prepare_attention(self.dtype, self.device)
-        prepare_products(self.dtype, self.device)
         if isinstance(self.lean, DecodeLean):
             compile_kernels(self.dtype)
 
     def adapters(self, segments: Sequence[Segment]) -> StepAdapters | StepLora:
         """Return the segments, by rows, with what applies their adapters in the calls of one step."""
-        return StepLora(segments, self._scratch) if self.device.type == "cpu" else StepAdapters(segments, self._slots)
+        if self.device.type != "cpu":
+            return StepAdapters(segments, self._slots)
+        return StepLora(segments, self._scratch, self.dtype)
 
     def hidden_as_trained(
         self, tokens_T: Tensor, positions_T: Tensor, attention: AttentionPlan, segments: Sequence[Segment]

@@ -98,7 +98,7 @@ def forward(
     owners: Array, starts: Array, stops: Array, begins: Array, ranks: Array, scales: Array, low_TS: Array,
     a: Array, bs: Array, x: int, x_row: int, width: int, ys: Array, y_rows: Array, outs: Array, pairs: Array,
 ) -> None:  # fmt: skip
-    """Add scale * B A x to the rows [start, stop) of each y, and keep A x^T as pairs of rows.
+    """Add scale * B A x to the rows [start, stop) of each y, and keep A x^T as pairs of rows where `pairs` is not 0.
 
     Segment `owner` begins at row `begin` of the stream; low_TS is scratch, [MOST_ROWS, S + 4 or more].
     """
@@ -114,7 +114,8 @@ def forward(
                 low + 2 * site * rank, low_row, rows, bs[site, owner], rank, outs[site],
                 ys[site] + start * y_rows[site], y_rows[site], scale,
             )  # fmt: skip
-        _pair_rows(low_TS, rows, stacked, pairs[owner] + (start - begins[owner]) // 2 * 4 * stacked)
+        if pairs[owner]:
+            _pair_rows(low_TS, rows, stacked, pairs[owner] + (start - begins[owner]) // 2 * 4 * stacked)
 
 
 @compiled()

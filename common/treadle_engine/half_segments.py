@@ -41,10 +41,17 @@ _Matrix = tuple[int, int, int]
 _SPARE: Final = 4
 
 
-def prepare_products(dtype: torch.dtype, device: torch.device) -> None:
-    """Have the kernels compiled, where a base in `dtype` has its products computed by them."""
-    if dtype == torch.bfloat16 and device.type == "cpu" and tiles.multiplies_halves():
-        half_kernels.compile_kernels()
+def serves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether kernels compute the products over a base in `dtype`; then they read copies of adapters in it."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and tiles.multiplies_halves()
+
+
+def prepare_products(dtype: torch.dtype, device: torch.device, sites: Sequence[LoraSite]) -> bool:
+    """Have the kernels compiled where they compute the products over a base in `dtype`; tell whether all of them."""
+    if not serves(dtype, device):
+        return False
+    half_kernels.compile_kernels()
+    return all(_fits(sites, site.group) for site in sites)
 
 
 def half_segments(segments: Sequence[Segment]) -> HalfSegments | None:
@@ -104,6 +111,7 @@ class HalfSegments(GroupedSegments):
         self._wide_ranks = self.ranks.astype(np.int64)
         self._most_ranks = int(self.ranks.max())
         self._g_lows: dict[int, Tensor] = {}
+        self._nowhere = np.zeros(len(self._own), np.int64)
         # By site and segment, once for all: what a pass asks for at a site is a row, or some neighbouring ones.
         self._a, self._b = (_table(self._flats, offsets, _HALF_BYTES) for offsets in (self._at_a, self._at_b))
         self._low_places: dict[int, tuple[NDArray[np.int64], int]] = {}
@@ -118,7 +126,8 @@ class HalfSegments(GroupedSegments):
         """Return those that have weights at a site; None if there are none, or its widths do not fit the kernels."""
         there = super().at(site)
         if there is not None and site not in self._fitting:
-            self._fitting[site] = _fits(there._adapters[0].layout.sites, site)
+            sites = there._adapters[0].layout.sites
+            self._fitting[site] = _fits(sites, next(one.group for one in sites if one.index == site))
         return there if there is not None and self._fitting[site] else None
 
     def low_places(self, count: int) -> tuple[NDArray[np.int64], int]:
@@ -132,10 +141,17 @@ class HalfSegments(GroupedSegments):
     def forward(self, first: int, x_MI: Tensor, ys: Sequence[Tensor]) -> HalfLows:
         """Add scale * B A x to each y_MO, at neighbouring sites from `first` on; all segments have weights there."""
         lows = HalfLows(self, len(ys))
+        self._forward(first, x_MI, ys, lows.addresses)
+        return lows
+
+    def add_to(self, first: int, x_MI: Tensor, ys: Sequence[Tensor]) -> None:
+        """Do what `forward` does where there will be no `backward`."""
+        self._forward(first, x_MI, ys, self._nowhere)
+
+    def _forward(self, first: int, x_MI: Tensor, ys: Sequence[Tensor], lows: Addresses) -> None:
         outputs = _Matrices(ys)
         self._run_rows(half_kernels.forward, first, _Matrices((x_MI,)).only, outputs, lows)
         outputs.write_back()
-        return lows
 
     def backward(
         self, first: int, gradients: Sequence[Tensor], x_MI: Tensor, lows: GroupedLows, g_MI: Tensor | None
@@ -150,7 +166,8 @@ class HalfSegments(GroupedSegments):
         g_lows = HalfLows(self, count, self._g_lows.get(count))
         self._g_lows[count] = g_lows.flat
         total = None if g_MI is None else _Matrices((g_MI,))
-        self._run_rows(half_kernels.backward, first, (0, 0, x[2]) if total is None else total.only, outputs, g_lows)
+        inner = (0, 0, x[2]) if total is None else total.only
+        self._run_rows(half_kernels.backward, first, inner, outputs, g_lows.addresses)
         if total is not None:
             total.write_back()
         to = self._totals(first, count)
@@ -167,15 +184,16 @@ class HalfSegments(GroupedSegments):
             share_rows(blocks, WIDTH * int(self._work[-1]), run)
         return [None] * len(self.indices)
 
-    def _run_rows(self, kernel: Any, first: int, inner: _Matrix, outer: _Matrices, lows: HalfLows) -> None:
+    def _run_rows(self, kernel: Any, first: int, inner: _Matrix, outer: _Matrices, lows: Addresses) -> None:
         """Run a kernel that goes through rows: those of the input, or its gradient, and of the outputs."""
-        a, bs = self._a[first], self._b[first : first + lows.count]
-        scratch_columns = lows.count * self._most_ranks + _SPARE
+        count = len(outer.widths)
+        a, bs = self._a[first], self._b[first : first + count]
+        scratch_columns = count * self._most_ranks + _SPARE
         own, streams = (self._begins, self._wide_ranks, self._scales), (*inner, *outer.tables)
 
         def run(_thread: int, cut: slice) -> None:
             scratch = np.empty((MOST_ROWS, scratch_columns), np.uint16)
-            kernel(*self._pieces[:, cut], *own, scratch, a, bs, *streams, lows.addresses)
+            kernel(*self._pieces[:, cut], *own, scratch, a, bs, *streams, lows)
 
         share(self._work * (inner[2] + sum(outer.widths)), run)
 
@@ -225,9 +243,8 @@ def _table(flats: Addresses, offsets: NDArray[np.int64], size: int) -> NDArray[n
     return np.ascontiguousarray((flats[:, None] + size * offsets).T)
 
 
-def _fits(sites: Sequence[LoraSite], first: int) -> bool:
+def _fits(sites: Sequence[LoraSite], group: int) -> bool:
     """Tell whether all widths at a group of sites are whole vectors."""
-    group = next(site.group for site in sites if site.index == first)
     return all(
         site.in_features % WIDTH == 0 and site.out_features % WIDTH == 0 for site in sites if site.group == group
     )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from treadle_engine.errors import EngineError
 from treadle_engine.grouped_segments import GroupedLows, GroupedSegments
-from treadle_engine.half_segments import half_segments
+from treadle_engine.half_segments import half_segments, serves
 from treadle_engine.lora_products import (
     Block,
     add_gradients,
@@ -38,7 +38,7 @@ from treadle_engine.lora_products import (
 from treadle_engine.quantize import PackedLinear, PackedWeight
 from treadle_engine.shards import Shard
 from treadle_engine.short_segments import short_segments
-from treadle_engine.spare_buffers import SpareBuffers
+from treadle_engine.spare_buffers import SpareBuffers, half_length
 
 SiteKind = Literal["attn", "mlp", "unembed"]
 Pair = tuple[Tensor, Tensor]
@@ -229,7 +229,8 @@ class AdapterWeights:
                 left.discard(name)
         if left:
             raise EngineError("INCOMPATIBLE_ADAPTER", f"tensors that the base has no place for: {sorted(left)[:3]}")
-        weights.refresh()
+        if serves(base.dtype, base.device):
+            weights._copy_into(base.dtype, spare)
         return weights
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -250,6 +251,13 @@ class AdapterWeights:
             if views.flat is not self.flat:
                 views.flat.copy_(self.flat)
 
+    def _copy_into(self, dtype: torch.dtype, spare: SpareBuffers | None) -> None:
+        """Make the copy that products read now, not when the first of them waits for it."""
+        count = self.flat.numel()
+        buffer = None if spare is None else spare.take(half_length(count))
+        copy = torch.empty(count, dtype=dtype) if buffer is None else buffer.view(dtype)[:count]
+        self._views[dtype] = FlatViews(self.layout, copy.copy_(self.flat))
+
     def views(self, dtype: torch.dtype) -> FlatViews:
         """Return views of the weights in a dtype that products are in; the copy is made when it is first asked for."""
         if dtype not in self._views:
@@ -266,6 +274,12 @@ class AdapterWeights:
     def num_bytes(self) -> int:
         """Memory held, in bytes."""
         return sum(views.flat.nbytes for views in self._views.values())
+
+    @property
+    def buffer_lengths(self) -> list[int]:
+        """Lengths, in float32 values, of the buffers that weights like these take from spare ones."""
+        count = self.flat.numel()
+        return [count if dtype == torch.float32 else half_length(count) for dtype in self._views]
 
     def _masters(self) -> list[tuple[LoraSite, Pair]]:
         pairs = self.layout.pairs(self.flat)

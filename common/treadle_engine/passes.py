@@ -75,7 +75,7 @@ class TrainingEngine:
             raise EngineError("BAD_VALUE", f"max_tokens_per_pass must be at least {CHUNK_TOKENS}")
         self.base = base
         self.max_tokens_per_pass = max_tokens_per_pass
-        prepare_products(base.dtype, base.device)
+        prepare_products(base.dtype, base.device, base.sites)
 
     def split(self, batch: TokenBatch, *, limited: bool = True) -> list[TokenBatch]:
         """Cut a batch into chunks at datum boundaries, by its own lengths alone.

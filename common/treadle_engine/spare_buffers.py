@@ -15,6 +15,11 @@ from torch import Tensor
 MOST_BYTES: Final = 2**28
 
 
+def half_length(num_elements: int) -> int:
+    """Returns the length of a buffer that has room for so many elements of half the size."""
+    return -(-num_elements // 2)
+
+
 class SpareBuffers:
     """Float32 buffers on the CPU, the newest first; what is beyond `most_bytes` is let go. Safe from any thread."""
 

@@ -11,6 +11,7 @@ Knows segments and tensors: no linears, nothing of decoding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 from treadle_engine.cpu_kernels import LIKE, TILE, add_lora
 from treadle_engine.grouped_gemm import Addresses
 from treadle_engine.grouped_segments import stacked_offsets
+from treadle_engine.half_segments import half_segments
 from treadle_engine.kernel_threads import share
 from treadle_engine.lora import AdapterWeights, Segment
 
@@ -51,17 +53,26 @@ class Scratch:
 class StepLora(list[Segment]):
     """The segments of one step, with addresses worked out once for all layers."""
 
-    def __init__(self, segments: Sequence[Segment], scratch: Scratch) -> None:
-        """Take the segments; the scratch is that of the base, whose thread runs the step."""
+    def __init__(self, segments: Sequence[Segment], scratch: Scratch, dtype: torch.dtype = torch.float32) -> None:
+        """Take the segments; the scratch is that of the base in `dtype`, whose thread runs the step."""
         super().__init__(segments)
-        adapted = [segment for segment in segments if segment.weights is not None and segment.weights.layout.sites]
-        self._all = _Products(adapted, scratch) if adapted else None
+        self._scratch = scratch
+        self._half = half_segments(self) if dtype == torch.bfloat16 else None
+
+    @cached_property
+    def _all(self) -> _Products | None:
+        adapted = [segment for segment in self if segment.weights is not None and segment.weights.layout.sites]
+        return _Products(adapted, self._scratch) if adapted else None
 
     def add_to(self, sites: Sequence[int], x_MI: Tensor, ys: Sequence[Tensor]) -> None:
         """Add scale * B A x of every segment's adapter to each y_MO, at neighbouring sites that share their input.
 
         All are float32 or all bfloat16; sums are in float32 and rounded once. Raises ValueError unless contiguous.
         """
+        half = None if self._half is None else self._half.at(sites[0])
+        if half is not None:
+            half.add_to(sites[0], x_MI, ys)
+            return
         products = None if self._all is None else self._all.at(sites[0])
         if products is None:
             return

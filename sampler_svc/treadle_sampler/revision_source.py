@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from torch import Tensor
-
 from treadle.errors import TreadleError, make_error
 from treadle.names import parse_adapter
 from treadle.v1 import adapters_pb2
@@ -92,17 +90,19 @@ class StoreSource:
             fetch_seconds=fetched - started,
             read_seconds=time.monotonic() - fetched,
         )
-        self._prepare(weights.flat)
+        self._prepare(weights)
         return weights
 
-    def _prepare(self, flat: Tensor) -> None:
-        """Has a buffer like that of the last revision ready for the next, made once those who wait have this one."""
+    def _prepare(self, weights: AdapterWeights) -> None:
+        """Has buffers like those of the last revision ready for the next, made once those who wait have this one."""
+        lengths, on_cpu = weights.buffer_lengths, weights.flat.device.type == "cpu"
 
         async def prepare() -> None:
             await asyncio.sleep(_QUIET_SECONDS)
-            await asyncio.to_thread(self._spare.prepare, flat.numel())
+            for length in lengths:
+                await asyncio.to_thread(self._spare.prepare, length)
 
-        if flat.device.type == "cpu" and (self._preparing is None or self._preparing.done()):
+        if on_cpu and (self._preparing is None or self._preparing.done()):
             self._preparing = asyncio.create_task(prepare())
 
     async def _read(self, files: dict[str, bytes | Path], addresses: Mapping[str, str]) -> AdapterWeights:

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.sampler.conftest import take_kernels_away
+from treadle_engine import tiles
 from treadle_engine.adapter_slots import AdapterSlots, StepAdapters
 from treadle_engine.base_model import ROW_MULTIPLE
 from treadle_engine.cpu_kernels import TILE, add_lora
@@ -51,12 +53,22 @@ def expected(weights: AdapterWeights | None, site: int, x_NI: Tensor, y_NO: Tens
     return y_NO.double() + weights.scale * (x_NI.double() @ a_RI.t() @ b_OR.t())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_segment_gets_its_adapter(base: DecodeBase, adapters: list[AdapterWeights], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "halves"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_every_segment_gets_its_adapter(
+    base: DecodeBase,
+    adapters: list[AdapterWeights],
+    dtype: torch.dtype,
+    halves: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Ranks 3 to 16, adapters without some sites, rows of the plain base and segments of 1 to 150 rows."""
+    if not halves:
+        take_kernels_away(monkeypatch)
+    elif not tiles.multiplies_halves():
+        pytest.skip("this CPU has no such instructions")
     bounds = [(0, 1, adapters[0]), (1, 4, adapters[1]), (4, 9, None), (9, 159, adapters[2]), (159, 166, adapters[3])]
     segments = [Segment(start, stop, weights) for start, stop, weights in bounds]
-    step = StepLora(segments, scratch_of(base))
+    step = StepLora(segments, scratch_of(base), dtype)
     for sites in GROUPS:
         x_MI, ys = streams(base, sites, 176, dtype)
         before = [y_MO.clone() for y_MO in ys]
@@ -64,7 +76,7 @@ def test_every_segment_gets_its_adapter(base: DecodeBase, adapters: list[Adapter
         for site, y_MO, old_MO in zip(sites, ys, before, strict=True):
             for start, stop, weights in bounds:
                 exact_NO = expected(weights, site, x_MI[start:stop], old_MO[start:stop])
-                tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+                tolerance = 1e-5 if dtype == torch.float32 else 2**-6 if halves else 2**-8
                 bound = tolerance * exact_NO.abs().amax() + 1e-6
                 assert (y_MO[start:stop].double() - exact_NO).abs().amax() <= bound
             assert torch.equal(y_MO[4:9], old_MO[4:9])
@@ -91,9 +103,9 @@ def test_a_row_has_the_same_bits_in_any_company(
         many[place] = one[0]
     company = [Segment(0, start, others)] if start else []
     torch.set_num_threads(data.draw(st.integers(1, 2)))
-    StepLora([*company, Segment(start, rows, weights)], scratch_of(base)).add_to(sites, crowd_MI, crowd_ys)
+    StepLora([*company, Segment(start, rows, weights)], scratch_of(base), dtype).add_to(sites, crowd_MI, crowd_ys)
     torch.set_num_threads(1)
-    StepLora([Segment(0, 1, weights)], scratch_of(base)).add_to(sites, x_MI, ys)
+    StepLora([Segment(0, 1, weights)], scratch_of(base), dtype).add_to(sites, x_MI, ys)
     for y_MO, crowd_MO in zip(ys, crowd_ys, strict=True):
         assert torch.equal(y_MO[0], crowd_MO[place])
 
@@ -112,15 +124,16 @@ def test_stacked_adapters_give_the_same(base: DecodeBase, adapters: list[Adapter
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_threads_share_a_long_step(base: DecodeBase, adapters: list[AdapterWeights]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_a_long_step(base: DecodeBase, adapters: list[AdapterWeights], dtype: torch.dtype) -> None:
     """A prompt of 600 rows and a sample, by two threads, have the bits that one thread gives."""
     segments = [Segment(0, 600, adapters[0]), Segment(600, 601, adapters[1])]
     sites = GROUPS[2]
-    x_MI, ys = streams(base, sites, 608, torch.float32)
+    x_MI, ys = streams(base, sites, 608, dtype)
     copies = [y_MO.clone() for y_MO in ys]
-    StepLora(segments, scratch_of(base)).add_to(sites, x_MI, ys)
+    StepLora(segments, scratch_of(base), dtype).add_to(sites, x_MI, ys)
     torch.set_num_threads(1)
-    StepLora(segments, scratch_of(base)).add_to(sites, x_MI, copies)
+    StepLora(segments, scratch_of(base), dtype).add_to(sites, x_MI, copies)
     for y_MO, copy_MO in zip(ys, copies, strict=True):
         assert torch.equal(y_MO, copy_MO)
 
