@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from tests.sampler.conftest import make_prompt
 from tests.sampler.driving import Outcome, collect, run
@@ -12,7 +13,7 @@ from treadle_engine.bases import pip_folder
 from treadle_engine.decode import Decoder
 from treadle_engine.decode_base import DecodeBase
 from treadle_engine.decode_requests import SampleRequest
-from treadle_engine.kv_cache import capacity_for
+from treadle_engine.kv_cache import KvCache, capacity_for
 from treadle_engine.lora import AdapterWeights, LoraConfig
 from treadle_engine.sampling_params import SamplingParams
 
@@ -192,3 +193,42 @@ def test_capacities_follow_from_the_length_alone() -> None:
     assert capacities == sorted(capacities)
     assert capacities[63] == 64
     assert max(capacity / length for length, capacity in enumerate(capacities, start=1) if length > 512) < 1.26
+
+
+def cache_of(max_positions: int) -> KvCache:
+    """Return an empty cache of two layers and heads."""
+    return KvCache(2, 2, 32, torch.float32, torch.device("cpu"), max_positions)
+
+
+def test_memory_of_texts_serves_the_next_and_holds_numbers_only() -> None:
+    """What a diverged adapter wrote is left to nobody, be it the next text or a slab."""
+    cache = cache_of(4096)
+    text = cache.new_text(900)
+    assert text.kv_Y2GCd.shape[3] == cache.num_positions == 1024
+    text.kv_Y2GCd.fill_(torch.nan)
+    address = text.buffer.data_ptr()
+    cache.free_text(text)
+    assert cache.num_positions == 0
+    again = cache.new_text(600)
+    assert again.buffer.data_ptr() == address
+    assert not again.kv_Y2GCd.any()
+    again.kv_Y2GCd.fill_(torch.inf)
+    cache.free_text(again)
+    short = cache.new_text(300)
+    short.length = 300
+    slots = [cache.fork(short) for _ in range(2)]
+    assert slots[0].slab is slots[1].slab
+    assert slots[0].slab.kv_Y2SGCd.data_ptr() == address
+    assert slots[0].slab.kv_Y2SGCd.isfinite().all()
+
+
+def test_a_text_takes_no_more_than_it_needs_where_memory_is_tight() -> None:
+    """Else it is given a size that does for others later."""
+    cache = cache_of(1024 + 320)
+    roomy = cache.new_text(600, promised=64)
+    assert cache.num_positions == 1024 > roomy.kv_Y2GCd.shape[3]
+    tight = cache.new_text(300)
+    assert tight.buffer.numel() == tight.kv_Y2GCd.numel()
+    assert cache.num_positions == cache.max_positions
+    promised = cache_of(1024 + 320).new_text(600, promised=400)
+    assert promised.buffer.numel() == promised.kv_Y2GCd.numel()
