@@ -12,8 +12,10 @@ tensors, adapters or sequences.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, cast
 
 import numba
 import numpy as np
@@ -41,15 +43,24 @@ _HALF_WORD, _ROUND, _QUIET = np.uint32(16), np.uint32(0x7FFF), np.uint16(0x7FC0)
 Array = Any  # numpy arrays; Numba types them by what they are called with
 
 
+# Of the files that kernels elsewhere take functions from.
+_DIGEST: Final = hashlib.sha256(
+    Path(__file__).read_bytes() + Path(__file__).with_name("tiles.py").read_bytes()
+).hexdigest()
+
+
 def compiled(**flags: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that compiles; what was compiled is kept on disk where there is a place for it."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            kernel: Callable[..., Any] = numba.njit(nogil=True, cache=True, **flags)(function)
-        except RuntimeError:
+            kernel: Any = numba.njit(nogil=True, cache=True, **flags)(function)
+            # Numba looks at the function's own file alone to see whether what was kept is out of date.
+            kept = kernel._cache._cache_file
+            kept._source_stamp = (kept._source_stamp, _DIGEST)
+        except (RuntimeError, AttributeError):
             kernel = numba.njit(nogil=True, **flags)(function)
-        return kernel
+        return cast(Callable[..., Any], kernel)
 
     return decorate
 

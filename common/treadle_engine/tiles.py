@@ -14,11 +14,11 @@ from typing import Any, Final
 import llvmlite.binding
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 WIDTH: Final = 32
-"""Values of a vector."""
+"""Columns of a tile: a vector of bfloat16, two of float32."""
 
 _HALF, _WORD, _LONG, _FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _HALVES, _WORDS, _FLOATS = ir.VectorType(_HALF, WIDTH), ir.VectorType(_WORD, WIDTH // 2), ir.VectorType(_FLOAT, 16)
@@ -62,7 +62,9 @@ def multiplies_floats() -> bool:
 
 @lru_cache(maxsize=2)
 def _has(*, half: bool) -> bool:
-    features = llvmlite.binding.get_host_cpu_features()
+    if config.CPU_FEATURES is not None:  # NUMBA_CPU_FEATURES: what Numba is to compile for
+        return {f"+{name}" for name in _NEEDED[half]} <= set(config.CPU_FEATURES.split(","))
+    features = {} if config.CPU_NAME is not None else llvmlite.binding.get_host_cpu_features()
     return all(features.get(name, False) for name in _NEEDED[half])
 
 
