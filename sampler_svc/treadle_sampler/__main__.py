@@ -11,6 +11,7 @@ import grpc
 from treadle.internal.v1 import sampler_pb2, sampler_pb2_grpc
 from treadle.v1 import sampling_pb2, sampling_pb2_grpc
 from treadle_engine import bases
+from treadle_engine.allocator import keep_freed_memory
 from treadle_engine.base_model import KnownBase
 from treadle_engine.decode import Decoder
 from treadle_engine.decode_base import DecodeBase
@@ -107,6 +108,7 @@ def _load_vllm(settings: SamplerSettings) -> tuple[KnownBase, SamplerBackend]:
 
 def _load(settings: SamplerSettings, group: RankGroup | None) -> tuple[DecodeBase, Decoder]:
     settle(settings.threads)
+    keep_freed_memory()
     dtype = "float32" if settings.dtype == "auto" else settings.dtype
     path, name = bases.resolve(settings.base, settings.cache_dir.expanduser(), dtype)
     base = DecodeBase.load(

@@ -18,6 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from treadle_engine.allocator import keep_freed_memory
 from treadle_engine.base_model import BaseInfo, BaseModel
 from treadle_engine.batch import TokenBatch
 from treadle_engine.determinism import settle
@@ -306,6 +307,7 @@ def load_device(
     In a group, all ranks load at the same time, each its part, and rank 0 says what a pass may hold.
     """
     settle(threads)
+    keep_freed_memory()
     shard = None if group is None else group.shard
     base = BaseModel.load(path, name=name, dtype=dtype, device=device, quantize=quantize, shard=shard)
     base.checkpoint_activations = checkpoint_activations
