@@ -1,9 +1,9 @@
 """Attention of one step: parts of texts that are read, and sequences that add one token.
 
-Both attend over the capacity that a row's own position asks for, by the same products, so that a token's numbers do
-not tell whether it was read, drawn, kept from an earlier request or read again. This module does not know tokens or
-adapters. On a CPU the products are written out, since the fused kernels round by the shape of the query; on CUDA the
-fused kernel does the work.
+Both go the same way, so that a token's numbers do not tell whether it was read, drawn, kept from an earlier request or
+read again: by kernels where the CPU has the instructions for them (`kernel_attention.py`), else by the same products
+over the capacity that a row's own position asks for. On a CPU these are written out, since torch's fused kernels round
+by the shape of the query; on CUDA the fused kernel does the work. This module does not know tokens or adapters.
 """
 
 # Shape suffix legend
@@ -176,14 +176,14 @@ class DecodeAttention:
     ) -> None:
         """Plan; `slots` are in row order and live in `slabs`, `heads` are those of queries and those of keys."""
         self._least = block_rows if device.type == "cpu" else 1
-        self._packed: list[tuple[slice, PackedCausal]] = []
-        self._packed_parts: list[tuple[TextPart, int]] = []
+        self._packed: list[tuple[TextPart, int, PackedCausal]] = []
         self._others: list[tuple[TextPart, int]] = []
         row = 0
         for part in parts:
             if part.packed:
-                self._packed.append((slice(row, row + part.count), PackedCausal([part.count], device)))
-            (self._packed_parts if part.packed else self._others).append((part, row))
+                self._packed.append((part, row, PackedCausal([part.count], device)))
+            else:
+                self._others.append((part, row))
             row += part.count
         self._kernel: KernelAttention | None = None
         self._part_rows: list[_PartRows] = []
@@ -203,13 +203,15 @@ class DecodeAttention:
     ) -> Tensor:
         """Fill the caches of this layer and return o_THd."""
         o_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
-        _fill(self._packed_parts, layer, k_TGd, v_TGd)
-        for cut, packed in self._packed:
+        for part, start, packed in self._packed:
+            _fill(part, start, layer, k_TGd, v_TGd)
+            cut = slice(start, start + part.count)
             o_THd[cut] = packed.attend(layer, q_THd[cut], k_TGd[cut], v_TGd[cut], scale, window)
         if self._kernel is not None:
             self._kernel.attend(layer, q_THd, k_TGd, v_TGd, o_THd, scale, window)
             return o_THd
-        _fill(self._others, layer, k_TGd, v_TGd)
+        for part, start in self._others:
+            _fill(part, start, layer, k_TGd, v_TGd)
         for rows in self._part_rows:
             rows.attend(layer, q_THd, o_THd, scale, window, self._least)
         if self._decoding is not None:
@@ -227,12 +229,11 @@ def _part_rows(part: TextPart, row: int, device: torch.device) -> Iterator[_Part
         place = stop
 
 
-def _fill(parts: Sequence[tuple[TextPart, int]], layer: int, k_TGd: Tensor, v_TGd: Tensor) -> None:
-    """Append keys and values to the caches of parts, which are given with their first rows."""
-    for part, start in parts:
-        rows, places = slice(start, start + part.count), slice(part.cache.length, part.cache.length + part.count)
-        part.cache.kv_Y2GCd[layer, 0, :, places] = k_TGd[rows].transpose(0, 1)
-        part.cache.kv_Y2GCd[layer, 1, :, places] = v_TGd[rows].transpose(0, 1)
+def _fill(part: TextPart, start: int, layer: int, k_TGd: Tensor, v_TGd: Tensor) -> None:
+    """Append the keys and values of a part, which begins at row `start`, to its cache."""
+    rows, places = slice(start, start + part.count), slice(part.cache.length, part.cache.length + part.count)
+    part.cache.kv_Y2GCd[layer, 0, :, places] = k_TGd[rows].transpose(0, 1)
+    part.cache.kv_Y2GCd[layer, 1, :, places] = v_TGd[rows].transpose(0, 1)
 
 
 def _attend(

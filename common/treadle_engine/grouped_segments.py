@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import torch
@@ -26,18 +26,34 @@ if TYPE_CHECKING:
 class GroupedLows(ABC):
     """A x^T of grouped segments at one group of linears."""
 
-    owner: GroupedSegments
+    def __init__(self, owner: GroupedSegments, count: int) -> None:
+        """Hold those of `owner` at `count` sites."""
+        self.owner, self.count = owner, count
+
+    def select(self, segments: Sequence[Segment], kept: Sequence[Tensor]) -> Self | None:
+        """Return those of `kept` rows, given for every segment of the stream; `segments` are those that remain."""
+        places = [place for place, index in enumerate(self.owner.indices) if kept[index].numel()]
+        if not places:
+            return None
+        indices = [self.owner.indices[place] for place in places]
+        chosen = type(self)(type(self.owner)(indices, [segments[index] for index in indices]), self.count)
+        for to, (place, index) in enumerate(zip(places, indices, strict=True)):
+            self._copy_rows(place, kept[index], chosen, to)
+        return chosen
 
     @abstractmethod
-    def select(self, segments: Sequence[Segment], kept: Sequence[Tensor]) -> GroupedLows | None:
-        """Return those of `kept` rows, given for every segment of the stream; `segments` are those that remain."""
+    def _copy_rows(self, place: int, rows_N: Tensor, chosen: Self, to: int) -> None:
+        """Make rows of segment `place` all that segment `to` of `chosen` has."""
 
 
 class GroupedSegments(ABC):
     """Some segments of a stream, each of which has rows and weights."""
 
-    def __init__(self, indices: Sequence[int], own: Sequence[Segment], dtype: torch.dtype) -> None:
-        """Take segments and their places in the stream; products read the weights in `dtype`."""
+    dtype: ClassVar[torch.dtype]
+    """What products read the weights in."""
+
+    def __init__(self, indices: Sequence[int], own: Sequence[Segment]) -> None:
+        """Take segments and their places in the stream."""
         self.indices = list(indices)
         self.places = frozenset(indices)
         # Not all of the stream's: who keeps those keeps this, and a circle would live on beyond its pass.
@@ -45,19 +61,11 @@ class GroupedSegments(ABC):
         self._adapters = [weights for segment in self._own if (weights := segment.weights) is not None]
         self.rows = np.array([segment.stop - segment.start for segment in self._own], np.int32)
         self.ranks = np.array([weights.config.rank for weights in self._adapters], np.int32)
-        self.num_rows = int(self.rows.sum())
-        self.runs = _runs(self._own)
         self._scales = np.array([weights.scale for weights in self._adapters], np.float32)
-        self._flats = np.array([weights.views(dtype).flat.data_ptr() for weights in self._adapters], np.int64)
+        self._flats = np.array([weights.views(self.dtype).flat.data_ptr() for weights in self._adapters], np.int64)
         self._at_a = stacked_offsets([weights.layout.offsets_a for weights in self._adapters])
         self._at_b = stacked_offsets([weights.layout.offsets_b for weights in self._adapters])
-        self._starts = np.cumsum(self.rows, dtype=np.int64) - self.rows
         self._parts: dict[bytes, Self | None] = {}
-
-    @classmethod
-    @abstractmethod
-    def of(cls, indices: Sequence[int], own: Sequence[Segment]) -> Self:
-        """Take segments and their places in the stream."""
 
     def at(self, site: int) -> Self | None:
         """Return those that have weights at a site, None if there are none."""
@@ -70,7 +78,7 @@ class GroupedSegments(ABC):
         if key not in self._parts:
             some = present.nonzero()[0].tolist()
             own = [self._own[place] for place in some]
-            self._parts[key] = self.of([self.indices[place] for place in some], own) if some else None
+            self._parts[key] = type(self)([self.indices[place] for place in some], own) if some else None
         return self._parts[key]
 
     @abstractmethod
@@ -85,17 +93,6 @@ class GroupedSegments(ABC):
 
         Returns for each segment what is still to be added there, in the order of the stream.
         """
-
-
-def _runs(segments: Sequence[Segment]) -> list[slice]:
-    """Return the rows of segments, those of neighbours in one slice."""
-    runs: list[slice] = []
-    for segment in segments:
-        if runs and runs[-1].stop == segment.start:
-            runs[-1] = slice(runs[-1].start, segment.stop)
-        else:
-            runs.append(slice(segment.start, segment.stop))
-    return runs
 
 
 def stacked_offsets(offsets: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -51,13 +51,19 @@ def prepare_products(dtype: torch.dtype, device: torch.device, sites: Sequence[L
     if not serves(dtype, device):
         return False
     half_kernels.compile_kernels()
-    return all(_fits(sites, site.group) for site in sites)
+    return len(whole_sites(sites)) == len(sites)
+
+
+def whole_sites(sites: Sequence[LoraSite]) -> frozenset[int]:
+    """Return the indices of sites in whose group all widths are whole vectors, so that they fit the kernels."""
+    ragged = {site.group for site in sites if site.in_features % WIDTH or site.out_features % WIDTH}
+    return frozenset(site.index for site in sites if site.group not in ragged)
 
 
 def half_segments(segments: Sequence[Segment]) -> HalfSegments | None:
     """Return the segments with weights, None if there are none or the machine has no instructions for them."""
     own = [index for index, one in enumerate(segments) if one.weights is not None and one.start < one.stop]
-    return HalfSegments.of(own, [segments[index] for index in own]) if own and tiles.multiplies_halves() else None
+    return HalfSegments(own, [segments[index] for index in own]) if own and tiles.multiplies_halves() else None
 
 
 class HalfLows(GroupedLows):
@@ -67,23 +73,15 @@ class HalfLows(GroupedLows):
 
     def __init__(self, owner: HalfSegments, count: int, flat: Tensor | None = None) -> None:
         """Make room at `count` sites for the segments of `owner`, in what another one has used."""
-        self.owner, self.count = owner, count
+        super().__init__(owner, count)
         self._offsets, size = owner.low_places(count)
         self.flat = torch.empty(size, dtype=torch.int32) if flat is None else flat
         self.addresses: Addresses = self.flat.data_ptr() + _BYTES * self._offsets
 
-    def select(self, segments: Sequence[Segment], kept: Sequence[Tensor]) -> HalfLows | None:
-        """Return the lows of `kept` rows, given for every segment of the stream; `segments` are those that remain."""
-        places = [place for place, index in enumerate(self.owner.indices) if kept[index].numel()]
-        if not places:
-            return None
-        indices = [self.owner.indices[place] for place in places]
-        chosen = HalfLows(HalfSegments.of(indices, [segments[index] for index in indices]), self.count)
-        for to, place in enumerate(places):
-            rows = self._of(place).transpose(1, 2).flatten(0, 1).index_select(0, kept[self.owner.indices[place]])
-            paired = F.pad(rows, (0, 0, 0, rows.shape[0] % 2)).view(-1, 2, rows.shape[1]).transpose(1, 2)
-            chosen._of(to).copy_(paired)
-        return chosen
+    def _copy_rows(self, place: int, rows_N: Tensor, chosen: HalfLows, to: int) -> None:
+        rows = self._of(place).transpose(1, 2).flatten(0, 1).index_select(0, rows_N)
+        paired = F.pad(rows, (0, 0, 0, rows.shape[0] % 2)).view(-1, 2, rows.shape[1]).transpose(1, 2)
+        chosen._of(to).copy_(paired)
 
     def _of(self, place: int) -> Tensor:
         """Return one segment's low_PS2."""
@@ -95,9 +93,11 @@ class HalfLows(GroupedLows):
 class HalfSegments(GroupedSegments):
     """Some segments of a stream, each of which has rows and weights."""
 
+    dtype = torch.bfloat16
+
     def __init__(self, indices: Sequence[int], own: Sequence[Segment]) -> None:
         """Take segments and their places in the stream."""
-        super().__init__(indices, own, torch.bfloat16)
+        super().__init__(indices, own)
         self._begins = np.array([segment.start for segment in own], np.int64)
         self._ends = np.array([segment.stop for segment in own], np.int64)
         pieces = [
@@ -115,20 +115,11 @@ class HalfSegments(GroupedSegments):
         # By site and segment, once for all: what a pass asks for at a site is a row, or some neighbouring ones.
         self._a, self._b = (_table(self._flats, offsets, _HALF_BYTES) for offsets in (self._at_a, self._at_b))
         self._low_places: dict[int, tuple[NDArray[np.int64], int]] = {}
-        self._fitting: dict[int, bool] = {}
-
-    @classmethod
-    def of(cls, indices: Sequence[int], own: Sequence[Segment]) -> Self:
-        """Take segments and their places in the stream."""
-        return cls(indices, own)
 
     def at(self, site: int) -> Self | None:
         """Return those that have weights at a site; None if there are none, or its widths do not fit the kernels."""
         there = super().at(site)
-        if there is not None and site not in self._fitting:
-            sites = there._adapters[0].layout.sites
-            self._fitting[site] = _fits(sites, next(one.group for one in sites if one.index == site))
-        return there if there is not None and self._fitting[site] else None
+        return there if there is not None and site in there._adapters[0].layout.whole else None
 
     def low_places(self, count: int) -> tuple[NDArray[np.int64], int]:
         """Return where each segment's low_PS2 begins at `count` sites, in pairs, and how many there are in all."""
@@ -241,10 +232,3 @@ class _Matrices:
 def _table(flats: Addresses, offsets: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """Return addresses [sites, segments] of what lies at `offsets` [segments, sites] in flat buffers."""
     return np.ascontiguousarray((flats[:, None] + size * offsets).T)
-
-
-def _fits(sites: Sequence[LoraSite], group: int) -> bool:
-    """Tell whether all widths at a group of sites are whole vectors."""
-    return all(
-        site.in_features % WIDTH == 0 and site.out_features % WIDTH == 0 for site in sites if site.group == group
-    )

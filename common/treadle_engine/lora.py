@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from treadle_engine.errors import EngineError
 from treadle_engine.grouped_segments import GroupedLows, GroupedSegments
-from treadle_engine.half_segments import half_segments, serves
+from treadle_engine.half_segments import half_segments, serves, whole_sites
 from treadle_engine.lora_products import (
     Block,
     add_gradients,
@@ -125,6 +125,7 @@ class AdapterLayout:
     def __init__(self, sites: Sequence[LoraSite], rank: int) -> None:
         """Lay the groups out in order, As before Bs; each group's As and each B are aligned."""
         self.sites = tuple(sites)
+        self.whole = whole_sites(self.sites)
         self.rank = rank
         self._places: dict[int, tuple[LoraSite, int, int]] = {}
         end = 0
@@ -230,7 +231,7 @@ class AdapterWeights:
         if left:
             raise EngineError("INCOMPATIBLE_ADAPTER", f"tensors that the base has no place for: {sorted(left)[:3]}")
         if serves(base.dtype, base.device):
-            weights._copy_into(base.dtype, spare)
+            weights.views(base.dtype, spare)  # now, not when the first product waits for it
         return weights
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -251,17 +252,16 @@ class AdapterWeights:
             if views.flat is not self.flat:
                 views.flat.copy_(self.flat)
 
-    def _copy_into(self, dtype: torch.dtype, spare: SpareBuffers | None) -> None:
-        """Make the copy that products read now, not when the first of them waits for it."""
-        count = self.flat.numel()
-        buffer = None if spare is None else spare.take(half_length(count))
-        copy = torch.empty(count, dtype=dtype) if buffer is None else buffer.view(dtype)[:count]
-        self._views[dtype] = FlatViews(self.layout, copy.copy_(self.flat))
+    def views(self, dtype: torch.dtype, spare: SpareBuffers | None = None) -> FlatViews:
+        """Return views of the weights in a dtype that products are in; the copy is made when it is first asked for.
 
-    def views(self, dtype: torch.dtype) -> FlatViews:
-        """Return views of the weights in a dtype that products are in; the copy is made when it is first asked for."""
+        A buffer for it is taken from `spare` if it has one.
+        """
         if dtype not in self._views:
-            self._views[dtype] = FlatViews(self.layout, self.flat.to(dtype))
+            count = self.flat.numel()
+            buffer = None if spare is None else spare.take(half_length(count))
+            copy = self.flat.to(dtype) if buffer is None else buffer.view(dtype)[:count].copy_(self.flat)
+            self._views[dtype] = FlatViews(self.layout, copy)
         return self._views[dtype]
 
     def views_of(self, grads: Tensor) -> FlatViews:

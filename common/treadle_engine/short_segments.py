@@ -12,7 +12,7 @@ begin at multiples of 16 bytes wherever the segment lies in the stream. Knows se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class ShortLows(GroupedLows):
 
     def __init__(self, owner: ShortSegments, count: int) -> None:
         """Make room at `count` sites for the segments of `owner`."""
-        self.owner, self.count = owner, count
+        super().__init__(owner, count)
         self._offsets, size = owner.low_places(count)
         self._flat = torch.empty(size)
         self.addresses: Addresses = self._flat.data_ptr() + _BYTES * self._offsets
@@ -58,17 +58,8 @@ class ShortLows(GroupedLows):
         addresses: Addresses = self.addresses + _BYTES * number * self.owner.ranks
         return addresses
 
-    def select(self, segments: Sequence[Segment], kept: Sequence[Tensor]) -> ShortLows | None:
-        """Return the lows of `kept` rows, given for every segment of the stream; `segments` are those that remain."""
-        places = [place for place, index in enumerate(self.owner.indices) if kept[index].numel()]
-        if not places:
-            return None
-        indices = [self.owner.indices[place] for place in places]
-        owner = ShortSegments(indices, [segments[index] for index in indices])
-        chosen = ShortLows(owner, self.count)
-        for to, place in enumerate(places):
-            torch.index_select(self._of(place), 0, kept[self.owner.indices[place]], out=chosen._of(to))
-        return chosen
+    def _copy_rows(self, place: int, rows_N: Tensor, chosen: ShortLows, to: int) -> None:
+        torch.index_select(self._of(place), 0, rows_N, out=chosen._of(to))
 
     def _of(self, place: int) -> Tensor:
         """Return one segment's low_NS."""
@@ -80,18 +71,18 @@ class ShortLows(GroupedLows):
 class ShortSegments(GroupedSegments):
     """Some segments of a stream, each of which has rows and weights."""
 
+    dtype = torch.float32
+
     def __init__(self, indices: Sequence[int], own: Sequence[Segment]) -> None:
         """Take segments and their places in the stream."""
-        super().__init__(indices, own, torch.float32)
+        super().__init__(indices, own)
+        self.num_rows = int(self.rows.sum())
+        self.runs = _runs(self._own)
+        self._starts = np.cumsum(self.rows, dtype=np.int64) - self.rows
         self._low_places: dict[int, tuple[NDArray[np.int64], int]] = {}
         self._row_places: dict[int, Addresses] = {}
         self._downs: dict[tuple[int, int, int, bool], TimesTransposed] = {}
         self._products: dict[tuple[str | int, ...], Products] = {}
-
-    @classmethod
-    def of(cls, indices: Sequence[int], own: Sequence[Segment]) -> Self:
-        """Take segments and their places in the stream."""
-        return cls(indices, own)
 
     def low_places(self, count: int) -> tuple[NDArray[np.int64], int]:
         """Return where each segment's low_NS begins at `count` sites, in values, and how many there are in all."""
@@ -247,3 +238,14 @@ class _Totals:
         for place, block in self._apart:
             addresses[place] = (block.a_SI if which == 0 else block.bt_ROs[which - 1]).data_ptr()
         return addresses
+
+
+def _runs(segments: Sequence[Segment]) -> list[slice]:
+    """Return the rows of segments, those of neighbours in one slice."""
+    runs: list[slice] = []
+    for segment in segments:
+        if runs and runs[-1].stop == segment.start:
+            runs[-1] = slice(runs[-1].start, segment.stop)
+        else:
+            runs.append(slice(segment.start, segment.stop))
+    return runs
